@@ -1,0 +1,29 @@
+"""The operators of SOLQ: tensors in, tensors out. Imports torch and triton only.
+
+CUDA and HIP tensors are served by Triton, CPU tensors by :mod:`solq.kernels.reference`, the plain PyTorch
+definitions of the same names. :func:`use_backend` forces one of the two.
+"""
+
+from solq.kernels.reference import (
+    crop_dct_encode,
+    dct_decode,
+    dct_decode_paste,
+    dct_encode,
+    linear_assignment,
+    matching_cost,
+    ms_deform_attn,
+    ms_deform_attn_fused,
+)
+from solq.kernels.runtime import use_backend
+
+__all__ = [
+    "crop_dct_encode",
+    "dct_decode",
+    "dct_decode_paste",
+    "dct_encode",
+    "linear_assignment",
+    "matching_cost",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "use_backend",
+]
