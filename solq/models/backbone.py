@@ -1,0 +1,131 @@
+"""The convolutional or Swin backbone: an image to its C3, C4 and C5 features."""
+
+from pathlib import Path
+from urllib.error import URLError
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+RESNETS = ("resnet10", "resnet18", "resnet50", "resnet101")
+SWINS = {
+    "swin-t": "swin_tiny_patch4_window7_224",
+    "swin-s": "swin_small_patch4_window7_224",
+    "swin-b": "swin_base_patch4_window12_384",
+    "swin-l": "swin_large_patch4_window12_384",
+}
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)
+
+
+class ResNetBackbone(nn.Module):
+    """A torchvision ResNet without its classifier.
+
+    With ``norm="frozen"`` it is fine-tuned as in DETR: batch norm is a fixed affine map, and the stem and the first
+    stage are not trained. With ``norm="group"`` everything is trained, from any start, at any batch size.
+    """
+
+    def __init__(self, name: str, norm: str) -> None:
+        super().__init__()
+        norm_layer = FrozenBatchNorm2d if norm == "frozen" else _group_norm
+        if name == "resnet10":  # one basic block a stage: a backbone that two CPU cores train in minutes
+            block = torchvision.models.resnet.BasicBlock
+            self.body = torchvision.models.ResNet(block, [1, 1, 1, 1], norm_layer=norm_layer)
+        else:
+            self.body = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+        c5 = self.body.fc.in_features
+        self.num_channels = [c5 // 4, c5 // 2, c5]
+        del self.body.fc
+        if norm == "frozen":
+            for stage in (self.body.conv1, self.body.layer1):
+                stage.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Features (B, C, H/8, W/8), (B, C, H/16, W/16), (B, C, H/32, W/32) of images (B, 3, H, W)."""
+        body = self.body
+        x = body.layer1(body.maxpool(body.relu(body.bn1(body.conv1(images)))))
+        c3 = body.layer2(x)
+        c4 = body.layer3(c3)
+        return [c3, c4, body.layer4(c4)]
+
+
+class SwinBackbone(nn.Module):
+    """A timm Swin transformer for images of any size, with a layer norm on each level that is handed on."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.body = timm.create_model(
+            SWINS[name], features_only=True, out_indices=(1, 2, 3), strict_img_size=False, always_partition=True
+        )
+        self.num_channels = self.body.feature_info.channels()
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.num_channels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """As `ResNetBackbone.forward`."""
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % 4, 0, -height % 4))  # whole patches
+        return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, self.body(images), strict=True)]
+
+
+def build_backbone(name: str, norm: str) -> ResNetBackbone | SwinBackbone:
+    """The backbone called `name`, with random weights."""
+    if name in RESNETS:
+        return ResNetBackbone(name, norm)
+    if name in SWINS:
+        return SwinBackbone(name)
+    raise ValueError(f"backbone is {name!r}, must be one of {', '.join([*RESNETS, *SWINS])}")
+
+
+def load_backbone_weights(backbone: ResNetBackbone | SwinBackbone, name: str, source: str) -> None:
+    """Fill a backbone with ImageNet weights, in place.
+
+    Args:
+        backbone: as built by `build_backbone`.
+        name: its name.
+        source: ``"imagenet"`` to download them (torchvision for ResNets, timm for Swin), or the path of a state dict
+            of the whole classifier (``.pth`` or ``.safetensors``).
+
+    Raises:
+        RuntimeError: if they cannot be downloaded, or do not fit.
+        FileNotFoundError: if there is no such file.
+    """
+    if source == "imagenet":
+        state = _download(name)
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"backbone weights {source}: no such file (give a path, 'imagenet' or 'none')")
+    elif source.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        state = load_file(source)
+    else:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    body = backbone.body
+    if isinstance(backbone, SwinBackbone):  # features_only joins `layers.0` to `layers_0`
+        state = {key.replace("layers.", "layers_", 1): tensor for key, tensor in state.items()}
+    wanted = body.state_dict()
+    missing = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
+    if missing:
+        raise RuntimeError(
+            f"backbone weights {source} do not fit {name}: {len(missing)} of {len(wanted)} tensors are missing "
+            f"or of another shape, the first is {missing[0]}"
+        )
+    body.load_state_dict({key: state[key] for key in wanted})
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    try:
+        if name in SWINS:
+            return timm.create_model(SWINS[name], pretrained=True).state_dict()
+        # IMAGENET1K_V1 are the weights that the published model started from.
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"the ImageNet weights of {name} cannot be downloaded ({error}): give --backbone-weights PATH with a file "
+            "fetched elsewhere, or --backbone-weights none to train from scratch"
+        ) from error

@@ -1,0 +1,111 @@
+"""SOLQ: an object query predicts class, box and mask as one vector each."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from solq.config import ModelConfig
+from solq.models.backbone import build_backbone
+from solq.models.deformable_transformer import MLP, DeformableTransformer
+from solq.models.mask_coding import build_mask_coding
+
+Outputs = dict[str, Tensor | list[dict[str, Tensor]] | dict[str, Tensor]]
+
+
+class SOLQ(nn.Module):
+    """Segmenting Objects by Learning Queries (Dong et al., NeurIPS 2021), on Deformable DETR.
+
+    Args:
+        config: the architecture; see :class:`solq.config.ModelConfig`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, levels = config.width, config.num_levels
+        self.backbone = build_backbone(config.backbone, config.backbone_norm)
+        channels = self.backbone.num_channels
+        projections = [nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(32, width)) for c in channels]
+        for level in range(len(channels), levels):
+            source = channels[-1] if level == len(channels) else width
+            convolution = nn.Conv2d(source, width, 3, stride=2, padding=1)
+            projections.append(nn.Sequential(convolution, nn.GroupNorm(32, width)))
+        self.input_proj = nn.ModuleList(projections[:levels])
+        self.transformer = DeformableTransformer(
+            d_model=width,
+            n_heads=config.num_heads,
+            encoder_layers=config.encoder_layers,
+            decoder_layers=config.decoder_layers,
+            d_ffn=config.feedforward,
+            dropout=config.dropout,
+            n_levels=levels,
+            n_points=config.num_points,
+            num_queries=config.num_queries,
+            two_stage=config.two_stage,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.query_embed = None if config.two_stage else nn.Embedding(config.num_queries, 2 * width)
+        self.mask_coding = build_mask_coding(config.mask_coding, config.num_coefficients, config.mask_size)
+        heads = config.decoder_layers + config.two_stage  # in two stages the last one scores the proposals
+        self.class_embed = _clones(nn.Linear(width, config.num_classes), heads)
+        self.bbox_embed = _clones(MLP(width, width, 4, 3), heads)
+        self.vector_embed = MLP(width, config.vector_hidden, self.mask_coding.num_coefficients, 3)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial values of the heads and projections, as published; the transformer sets its own."""
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        for head in self.class_embed:
+            nn.init.constant_(head.bias, -math.log(99))  # every class starts with probability 0.01
+        for head in [*self.bbox_embed, self.vector_embed]:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        nn.init.constant_(self.vector_embed.layers[-1].bias[2:], -2.0)
+        if not self.config.two_stage:
+            nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
+
+    def forward(self, images: Tensor, padding_mask: Tensor) -> Outputs:
+        """Predict the objects of a batch of padded images.
+
+        Args:
+            images: (B, 3, H, W) float, normalised, zero on padding.
+            padding_mask: (B, H, W) bool, True on padding.
+
+        Returns:
+            ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4) cx cy w h in 0..1 of each image without its padding,
+            ``pred_vectors`` (B, Q, n), all float32; ``aux_outputs``, a list of the same dicts for the earlier decoder
+            layers; in two stages ``enc_outputs``, logits (B, S, C) and boxes (B, S, 4) of the proposals.
+        """
+        features = self._features(images)
+        masks = [F.interpolate(padding_mask[None].float(), size=f.shape[-2:])[0].bool() for f in features]
+        query_embed = None if self.query_embed is None else self.query_embed.weight
+        out = self.transformer(features, masks, query_embed, self.class_embed, self.bbox_embed)
+        layers = [
+            {
+                "pred_logits": class_head(hidden).float(),
+                "pred_boxes": boxes,
+                "pred_vectors": self.vector_embed(hidden).float(),
+            }
+            for hidden, boxes, class_head in zip(out.hidden_states, out.pred_boxes, self.class_embed, strict=False)
+        ]
+        outputs: Outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+        if self.config.two_stage:
+            outputs["enc_outputs"] = {"pred_logits": out.proposal_logits, "pred_boxes": out.proposal_boxes}
+        return outputs
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """The L levels (B, width, h, w) that the transformer reads."""
+        maps = self.backbone(images)
+        levels = [projection(x) for projection, x in zip(self.input_proj, maps, strict=False)]
+        for projection in self.input_proj[len(maps) :]:
+            levels.append(projection(maps[-1] if len(levels) == len(maps) else levels[-1]))
+        return levels
+
+
+def _clones(module: nn.Module, count: int) -> nn.ModuleList:
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
