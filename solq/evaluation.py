@@ -1,0 +1,278 @@
+"""Detections to COCO's average precision and recall, of boxes, masks and boundaries.
+
+Box and mask numbers come from pycocotools, Boundary AP (Cheng et al. 2021; the SOLQ paper's Table 4) from
+faster-coco-eval.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from rich.table import Table
+from torch import nn
+
+if TYPE_CHECKING:
+    from solq.data.batch import Batch
+from solq.postprocess import Detections, postprocess
+
+METRICS = {  # COCO's twelve numbers, in pycocotools' order
+    "AP": "AP, IoU 0.50:0.95",
+    "AP50": "AP, IoU 0.50",
+    "AP75": "AP, IoU 0.75",
+    "APs": "AP, small (area < 32²)",
+    "APm": "AP, medium (32² to 96²)",
+    "APl": "AP, large (area > 96²)",
+    "AR1": "AR, 1 detection per image",
+    "AR10": "AR, 10 detections per image",
+    "AR100": "AR, 100 detections per image",
+    "ARs": "AR, small",
+    "ARm": "AR, medium",
+    "ARl": "AR, large",
+}
+IOU_TYPES = {"box": "bbox", "mask": "segm", "boundary": "boundary"}
+
+
+class CocoEvaluator:
+    """Gathers detections image by image, then scores them against an annotation file in COCO's format.
+
+    Args:
+        annotations: the file. Missing `info`, `licenses`, `iscrowd` and `area` are filled in; segmentations may be
+            polygons, compressed or uncompressed run lengths.
+        category_ids: the file's category of each of the model's labels.
+        boundary: score boundaries too.
+    """
+
+    def __init__(self, annotations: Path, category_ids: Sequence[int], boundary: bool = False) -> None:
+        self.dataset = load_ground_truth(Path(annotations))
+        self.category_ids = list(category_ids)
+        self.boundary = boundary
+        self._image_ids = {image["id"] for image in self.dataset["images"]}
+        self._results: dict[int, list[dict[str, Any]]] = {}
+
+    def update(self, image_ids: Iterable[int], detections: Iterable[Detections]) -> None:
+        """Keep the detections of these images as run lengths; an image that was already seen is left as it is."""
+        for image_id, of_image in zip(map(int, image_ids), detections, strict=True):
+            if image_id not in self._image_ids:
+                raise ValueError(f"image {image_id} is not in the annotation file that it is to be scored against")
+            if image_id not in self._results:
+                self._results[image_id] = of_image.to_coco(image_id, self.category_ids)
+
+    def gather(self) -> None:
+        """Give every process of the group the detections of all, an image of several processes once."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        of_process: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_process, self._results)
+        self._results = {}
+        for results in of_process:
+            for image_id, of_image in results.items():
+                self._results.setdefault(image_id, of_image)
+
+    def results(self) -> list[dict[str, Any]]:
+        """All detections in the format that COCO's test server takes, by image."""
+        return [entry for image_id in sorted(self._results) for entry in self._results[image_id]]
+
+    def save(self, path: Path) -> None:
+        """Write :meth:`results` as JSON; the file is there whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(json.dumps(self.results()))
+        unfinished.replace(path)
+
+    def summarize(self, only_seen_images: bool = False, per_class: bool = False) -> dict[str, float]:
+        """COCO's twelve numbers as "box/AP", "box/AP50", … "mask/ARl", and "boundary/…" if asked for.
+
+        A number that is not defined, such as the AP of small objects where there are none, is -1 as in pycocotools.
+        Masks are left out where the detections have none.
+
+        Args:
+            only_seen_images: score the images passed to `update` alone; otherwise the objects of all other images of
+                the file count as missed.
+            per_class: add "box/AP/<class name>" and so on for every category.
+        """
+        results = self.results()
+        kinds = ["box"]
+        if all("segmentation" in entry for entry in results):
+            kinds += ["mask", "boundary"] if self.boundary else ["mask"]
+        metrics: dict[str, float] = {}
+        for kind in kinds:
+            evaluation = _evaluate(self.dataset, results, kind, list(self._results) if only_seen_images else None)
+            metrics |= {f"{kind}/{name}": float(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
+            if per_class:
+                metrics |= {f"{kind}/AP/{name}": ap for name, ap in _average_precisions(evaluation).items()}
+        return metrics
+
+
+def evaluate(
+    model: nn.Module,
+    loader: "Iterable[Batch]",
+    evaluator: CocoEvaluator,
+    device: torch.device,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    top_k: int = 100,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Run `model` over `loader` and pass its detections to `evaluator`, gathered over all processes.
+
+    Args:
+        model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `mask_coding` decodes the vectors.
+        autocast_dtype: of the model's forward; None computes in the type of its weights.
+        top_k: detections kept per image.
+        progress: called after every batch with the number of its images.
+    """
+    from solq.data.batch import normalize
+
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in loader:
+            batch = batch.to(device)
+            with (
+                torch.inference_mode(),
+                torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
+            ):
+                outputs = model(normalize(batch.images, batch.padding_mask), batch.padding_mask)
+            detections = postprocess(outputs, batch.targets.orig_sizes, model.mask_coding.decode_paste, top_k)
+            evaluator.update(batch.targets.image_ids.tolist(), detections)
+            if progress is not None:
+                progress(len(detections))
+    finally:
+        model.train(was_training)
+    evaluator.gather()
+
+
+def table(metrics: dict[str, float]) -> Table:
+    """The twelve COCO numbers, a column for each of boxes, masks and boundaries that `metrics` has."""
+    kinds = [kind for kind in IOU_TYPES if f"{kind}/AP" in metrics]
+    rows = Table("", *kinds, title="COCO evaluation")
+    for name, meaning in METRICS.items():
+        rows.add_row(meaning, *(_shown(metrics[f"{kind}/{name}"]) for kind in kinds))
+    return _numbers_right(rows)
+
+
+def class_table(metrics: dict[str, float]) -> Table:
+    """The AP of every class, from the metrics of `summarize(per_class=True)`."""
+    kinds = [kind for kind in IOU_TYPES if f"{kind}/AP" in metrics]
+    rows = Table("class", *kinds, title="AP, IoU 0.50:0.95")
+    for name in [key.removeprefix("box/AP/") for key in metrics if key.startswith("box/AP/")]:
+        rows.add_row(name, *(_shown(metrics[f"{kind}/AP/{name}"]) for kind in kinds))
+    return _numbers_right(rows)
+
+
+def _shown(value: float) -> str:
+    return "n/a" if value < 0 else f"{value:.3f}"
+
+
+def _numbers_right(rows: Table) -> Table:
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    return rows
+
+
+def load_ground_truth(path: Path) -> dict[str, Any]:
+    """The annotation file with what pycocotools needs: every key there, segmentations as compressed run lengths.
+
+    Annotations get new ids, from 1: pycocotools takes the id 0 for "not matched", and an id that two annotations
+    share for one annotation. Polygons of fewer than three points are left out; an annotation with no other counts for
+    boxes only.
+    """
+    try:
+        file = json.loads(path.read_bytes())
+        images = {image["id"]: image for image in file["images"]}
+        annotations, categories = file["annotations"], file["categories"]
+    except OSError as error:
+        raise OSError(f"cannot read the annotation file {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not an annotation file in COCO's format (JSON with images, annotations, categories): {error!r}"
+        ) from error
+
+    filled = []
+    for number, annotation in enumerate(annotations, start=1):
+        try:
+            image = images[annotation["image_id"]]
+            filled.append(_filled(annotation, image) | {"id": number})
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{path}: annotation {annotation.get('id', number)} is not usable: {error!r}") from error
+    return {"info": {}, "licenses": [], **file, "categories": categories, "annotations": filled}
+
+
+def _filled(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
+    """The annotation with the segmentation as run lengths and `iscrowd`, `bbox` and `area` filled in."""
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list):
+        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+    filled = {"iscrowd": 0, **annotation}
+    filled.pop("segmentation", None)
+    if segmentation:
+        rle = _run_lengths(segmentation, image["height"], image["width"])
+        filled["segmentation"] = rle
+        filled.setdefault("bbox", coco_mask.toBbox(rle).tolist())
+        filled.setdefault("area", float(coco_mask.area(rle)))
+    filled.setdefault("area", filled["bbox"][2] * filled["bbox"][3])
+    return filled
+
+
+def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Polygons, compressed or uncompressed run lengths as compressed run lengths."""
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def _evaluate(
+    dataset: dict[str, Any], results: list[dict[str, Any]], kind: str, image_ids: list[int] | None
+) -> COCOeval:
+    """The finished evaluation of pycocotools, or of faster-coco-eval for boundaries."""
+    iou_type = IOU_TYPES[kind]
+    annotations = dataset["annotations"]
+    if kind != "box":
+        annotations = [annotation for annotation in annotations if "segmentation" in annotation]
+        # With a bbox in it, pycocotools would take the box's area for the mask's.
+        results = [{key: value for key, value in entry.items() if key != "bbox"} for entry in results]
+    if kind == "boundary":
+        from faster_coco_eval import COCO as Index
+        from faster_coco_eval import COCOeval_faster as Evaluation
+    else:
+        Index, Evaluation = COCO, COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # progress of the libraries
+        # Both libraries write keys into the entries that they are given, so they get copies.
+        truth = _indexed(Index, {**dataset, "annotations": [dict(annotation) for annotation in annotations]})
+        found = _indexed(Index, {**dataset, "annotations": []})
+        if results:  # pycocotools fails on none
+            found = truth.loadRes([dict(entry) for entry in results])
+        evaluation = Evaluation(truth, found, iou_type)
+        if image_ids is not None:
+            evaluation.params.imgIds = sorted(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def _indexed(index_type: type, dataset: dict[str, Any]) -> Any:
+    index = index_type()
+    index.dataset = dataset
+    index.createIndex()
+    return index
+
+
+def _average_precisions(evaluation: COCOeval) -> dict[str, float]:
+    """AP of every category by its name, -1 where it has no object."""
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU thresholds, recalls, categories
+    names = [evaluation.cocoGt.cats[category]["name"] for category in evaluation.params.catIds]
+    defined = [precision[:, :, k][precision[:, :, k] > -1] for k in range(len(names))]
+    return {name: float(values.mean()) if values.size else -1.0 for name, values in zip(names, defined, strict=True)}

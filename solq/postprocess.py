@@ -1,0 +1,132 @@
+"""The outputs of the model to detections in the pixels of the original image."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision.ops import box_convert
+
+DecodePaste = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
+
+MASK_PIXELS = 2**27  # decoded at once: 100 masks of an image up to 1,300,000 pixels, half a gigabyte as float32
+
+
+@dataclass
+class Detections:
+    """What was found in one image, best first. K masks, on the device of the model's outputs.
+
+    boxes (K, 4) float32, x0 y0 x1 y1 in pixels of the original image, not clipped to it; scores (K,) float32;
+    labels (K,) int64, indices into the model's classes; masks (K, H, W) bool, or None without a mask coding.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, kept: Tensor | slice) -> "Detections":
+        """The detections where `kept` is true, or of its indices."""
+        masks = None if self.masks is None else self.masks[kept]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+
+    def rle(self) -> list[dict[str, Any]]:
+        """The masks as COCO's compressed run lengths, see :func:`encode_masks`."""
+        if self.masks is None:
+            raise ValueError("these detections have no masks to encode: the model was run without a mask coding")
+        return encode_masks(self.masks)
+
+    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """One entry of COCO's result format per detection; bbox is x y w h in pixels, to a thousandth.
+
+        `category_ids` names the category of each label; without it the labels are the categories.
+        """
+        corner, opposite = self.boxes.double().cpu().split(2, dim=-1)
+        boxes = torch.cat([corner, opposite - corner], dim=-1).numpy().round(3).tolist()
+        scores = self.scores.double().cpu().numpy().round(6).tolist()
+        labels = self.labels.tolist()
+        if category_ids is not None:
+            if labels and max(labels) >= len(category_ids):
+                raise ValueError(
+                    f"image {image_id} has label {max(labels)} but there are {len(category_ids)} categories"
+                )
+            labels = [category_ids[label] for label in labels]
+        entries = [
+            {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+            for category, box, score in zip(labels, boxes, scores, strict=True)
+        ]
+        if self.masks is None:
+            return entries
+        return [entry | {"segmentation": rle} for entry, rle in zip(entries, self.rle(), strict=True)]
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """Masks (K, H, W) bool as COCO's compressed run lengths: dicts of `size` [H, W] and `counts`, a str.
+
+    The ends of the runs are found on the masks' device, so that only they are copied to the host.
+    """
+    K, H, W = masks.shape
+    if K == 0:
+        return []
+    pixels = masks.transpose(1, 2).reshape(K, H * W)  # COCO's runs go down the columns, beginning with zeros
+    changes = torch.cat([pixels[:, :1], pixels[:, 1:] ^ pixels[:, :-1]], dim=1)
+    mask_index, position = changes.nonzero(as_tuple=True)
+    ends = torch.bincount(mask_index, minlength=K).cumsum(0).cpu().numpy()
+    runs = [
+        {"size": [H, W], "counts": np.diff(of_mask, prepend=0, append=H * W)}
+        for of_mask in np.split(position.cpu().numpy(), ends[:-1])
+    ]
+    return [rle | {"counts": rle["counts"].decode()} for rle in coco_mask.frPyObjects(runs, H, W)]
+
+
+@torch.no_grad()
+def postprocess(
+    outputs: dict[str, Tensor],
+    orig_sizes: Tensor,
+    decode_paste: DecodePaste | None,
+    top_k: int = 100,
+    score_threshold: float = 0.0,
+) -> list[Detections]:
+    """The `top_k` best of queries × classes of each image by sigmoid score, as in Deformable DETR.
+
+    Args:
+        outputs: pred_logits (B, Q, C), pred_boxes (B, Q, 4) as cx cy w h in 0..1 of the image without its padding,
+            pred_vectors (B, Q, n) where masks are wanted; others are left alone.
+        orig_sizes: (B, 2) int, H and W of the images on disk.
+        decode_paste: of the model's mask coding: vectors (K, n), boxes (K, 4) in pixels and (H, W) to masks
+            (K, H, W) bool. None for no masks.
+        top_k: the most detections of an image; a query may be among them with several classes.
+        score_threshold: detections of a lower score are dropped before their masks are decoded.
+    """
+    scores = outputs["pred_logits"].float().sigmoid()
+    B, Q, C = scores.shape
+    if len(orig_sizes) != B:
+        raise ValueError(f"orig_sizes has {len(orig_sizes)} images but the outputs have {B}")
+    scores, order = scores.flatten(1).topk(min(top_k, Q * C))
+    extents = orig_sizes.to(scores).flip(-1).repeat(1, 2)  # W H W H
+    boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy") * extents[:, None]
+
+    detections = []
+    for image, (H, W) in enumerate(orig_sizes.tolist()):
+        kept = scores[image] >= score_threshold
+        query, label = order[image, kept] // C, order[image, kept] % C
+        masks = None
+        if decode_paste is not None:
+            decoded, of_detection = query.unique(return_inverse=True)  # each query's mask once
+            masks = _decode(decode_paste, outputs["pred_vectors"][image, decoded], boxes[image, decoded], (H, W))
+            masks = masks[of_detection]
+        detections.append(Detections(boxes[image, query], scores[image, kept], label, masks))
+    return detections
+
+
+def _decode(decode_paste: DecodePaste, vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """`decode_paste` in parts, so that the intermediate masks of a huge image fit in memory."""
+    part = max(1, MASK_PIXELS // (image_size[0] * image_size[1]))
+    parts = [decode_paste(v, b, image_size) for v, b in zip(vectors.split(part), boxes.split(part), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
