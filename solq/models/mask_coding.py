@@ -1,10 +1,11 @@
-"""Mask codings: between the binary mask of an object in its box frame, and the vector a query predicts.
+"""Mask codings: between the binary mask of an object in its box frame and the vector that a query predicts.
 
 The four rows of the paper's Table 3a (section 3.2, mask compression coding). Each coding is a module whose buffers
 hold what was fitted on a training set, so that they are part of a checkpoint and follow the model to its device.
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -58,7 +59,7 @@ class MaskCoding(nn.Module):
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Mean absolute difference of each pair of vectors (T, n): (T,) (paper, equation 5)."""
-        return (predicted.float() - target).abs().mean(-1)
+        return (predicted.to(target.dtype) - target).abs().mean(-1)
 
 
 class DCTCoding(MaskCoding):
@@ -103,7 +104,7 @@ class FlatCoding(MaskCoding):
         L2 is the mean squared difference. Dice has squares in its denominator (V-Net, Milletari et al. 2016), which is
         least at the target for any real values: a sigmoid would make the vector something else than the mask it codes.
         """
-        predicted = predicted.float()
+        predicted = predicted.to(target.dtype)
         l2 = (predicted - target).square().mean(-1)
         overlap = (predicted * target).sum(-1)
         dice = 1 - (2 * overlap + 1) / (predicted.square().sum(-1) + target.square().sum(-1) + 1)
@@ -242,6 +243,7 @@ class SparseCoding(FittedCoding):
         """Online dictionary learning (Mairal et al. 2009) by scikit-learn, with the same β as the encoder."""
         try:
             from sklearn.decomposition import MiniBatchDictionaryLearning
+            from sklearn.exceptions import ConvergenceWarning
         except ImportError as error:
             raise ImportError("fitting the sparse mask coding needs scikit-learn: pip install solq[sparse]") from error
         self._require_enough(masks)
@@ -250,9 +252,13 @@ class SparseCoding(FittedCoding):
             alpha=float(self.beta),
             max_iter=epochs,
             fit_algorithm="cd",
+            transform_max_iter=100,
             batch_size=256,
             random_state=seed,
-        ).fit(masks.flatten(1).float().cpu().numpy())
+        )
+        with warnings.catch_warnings():  # the dictionary has to converge, not the codes of every batch on the way
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            learning.fit(masks.flatten(1).float().cpu().numpy())
         atoms = torch.from_numpy(learning.components_).double()
         atoms /= atoms.norm(dim=1, keepdim=True)  # scikit-learn keeps norms of at most 1
         gram = atoms @ atoms.T
