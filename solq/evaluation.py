@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from torch import nn
 
-if TYPE_CHECKING:
-    from solq.data.batch import Batch
+from solq.data.batch import Batch, normalize
 from solq.postprocess import Detections, postprocess
 
 METRICS = {  # COCO's twelve numbers, in pycocotools' order
@@ -114,7 +113,7 @@ class CocoEvaluator:
 
 def evaluate(
     model: nn.Module,
-    loader: "Iterable[Batch]",
+    loader: Iterable[Batch | None],
     evaluator: CocoEvaluator,
     device: torch.device,
     *,
@@ -125,24 +124,27 @@ def evaluate(
     """Run `model` over `loader` and pass its detections to `evaluator`, gathered over all processes.
 
     Args:
-        model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `mask_coding` decodes the vectors.
+        model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `mask_coding` decodes the vectors. Not wrapped
+            in DistributedDataParallel: processes may have different numbers of batches.
         autocast_dtype: of the model's forward; None computes in the type of its weights.
         top_k: detections kept per image.
         progress: called after every batch with the number of its images.
     """
-    from solq.data.batch import normalize
-
+    mask_coding: Any = model.mask_coding
     was_training = model.training
     model.eval()
     try:
         for batch in loader:
-            batch = batch.to(device)
+            if batch is None:  # all of its images were damaged
+                continue
+            images = batch.images.to(device, non_blocking=True)
+            padding_mask = batch.padding_mask.to(device, non_blocking=True)
             with (
                 torch.inference_mode(),
                 torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
             ):
-                outputs = model(normalize(batch.images, batch.padding_mask), batch.padding_mask)
-            detections = postprocess(outputs, batch.targets.orig_sizes, model.mask_coding.decode_paste, top_k)
+                outputs = model(normalize(images, padding_mask), padding_mask)
+            detections = postprocess(outputs, batch.targets.orig_sizes, mask_coding.decode_paste, top_k)
             evaluator.update(batch.targets.image_ids.tolist(), detections)
             if progress is not None:
                 progress(len(detections))

@@ -1,6 +1,6 @@
 """The outputs of the model to detections in the pixels of the original image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def postprocess(
-    outputs: dict[str, Tensor],
+    outputs: Mapping[str, Any],
     orig_sizes: Tensor,
     decode_paste: DecodePaste | None,
     top_k: int = 100,
