@@ -4,13 +4,13 @@ CUDA and HIP tensors are served by Triton, CPU tensors by :mod:`solq.kernels.ref
 definitions of the same names. :func:`use_backend` forces one of the two.
 """
 
+from solq.kernels.assignment import linear_assignment
+from solq.kernels.matching_cost import matching_cost
 from solq.kernels.reference import (
     crop_dct_encode,
     dct_decode,
     dct_decode_paste,
     dct_encode,
-    linear_assignment,
-    matching_cost,
     ms_deform_attn,
     ms_deform_attn_fused,
 )

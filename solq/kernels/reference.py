@@ -5,6 +5,7 @@ Names and signatures are those of :mod:`solq.kernels`. Imports torch only (SciPy
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -175,19 +176,22 @@ def dct_decode_paste(coefficients: Tensor, boxes: Tensor, image_size: tuple[int,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _corners(boxes: Tensor) -> Tensor:
-    centre, extent = boxes.split(2, dim=-1)
-    return torch.cat([centre - extent / 2, centre + extent / 2], dim=-1)
-
-
-def _pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of boxes (..., T, 4) and (..., Q, 4), both cx cy w h: (..., T, Q)."""
-    a, b = _corners(a)[..., :, None, :], _corners(b)[..., None, :, :]
-    extent_a, extent_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = extent_a.prod(-1) + extent_b.prod(-1) - overlap
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    return overlap / union - (hull - union) / hull
+def _pairwise_giou(queries: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Generalised IoU of boxes given as cx, cy, w, h that broadcast; negative extents count as 0, and 0/0 is 0."""
+    (x0_a, x1_a), (y0_a, y1_a), (x0_b, x1_b), (y0_b, y1_b) = (
+        (centre - extent.clamp(min=0) / 2, centre + extent.clamp(min=0) / 2)
+        for cx, cy, w, h in (queries, targets)
+        for centre, extent in ((cx, w), (cy, h))
+    )
+    width = (torch.minimum(x1_a, x1_b) - torch.maximum(x0_a, x0_b)).clamp(min=0)
+    height = (torch.minimum(y1_a, y1_b) - torch.maximum(y0_a, y0_b)).clamp(min=0)
+    intersection = width * height
+    union = (x1_a - x0_a) * (y1_a - y0_a) + (x1_b - x0_b) * (y1_b - y0_b) - intersection
+    hull = (torch.maximum(x1_a, x1_b) - torch.minimum(x0_a, x0_b)) * (
+        torch.maximum(y1_a, y1_b) - torch.minimum(y0_a, y0_b)
+    )
+    smallest = torch.finfo(hull.dtype).tiny
+    return intersection / union.clamp(min=smallest) - (hull - union) / hull.clamp(min=smallest)
 
 
 def matching_cost(
@@ -202,31 +206,46 @@ def matching_cost(
     cost_giou: float = 2.0,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    class_cost: Literal["focal", "softmax"] = "focal",
 ) -> Tensor:
     """The cost (L, T, Q) of each query of a target's own image, for every decoder layer."""
-    T = len(target_labels)
-    counts = target_offsets.diff()
-    image = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=T)
-    probability = logits[:, image, :, target_labels].float().sigmoid()
-    probability = probability.transpose(0, 1)  # the two index tensors put T first
-    negative = (1 - alpha) * probability**gamma * -torch.log(1 - probability + 1e-8)
-    positive = alpha * (1 - probability) ** gamma * -torch.log(probability + 1e-8)
-    own_boxes = boxes[:, image].float()  # (L, T, Q, 4)
-    targets = target_boxes.float()
-    l1 = (own_boxes - targets[:, None]).abs().sum(-1)
-    giou = _pairwise_giou(targets[None, :, None], own_boxes).squeeze(-2)
-    return cost_class * (positive - negative) + cost_bbox * l1 - cost_giou * giou
+    T = target_labels.shape[0]
+    image = torch.searchsorted(target_offsets[1:], torch.arange(T, device=logits.device), right=True)
+    logit = logits[:, image, :, target_labels].transpose(0, 1).float()  # (L, T, Q): two index tensors put T first
+    if class_cost == "softmax":
+        label_cost = -torch.exp(logit - logits.float().logsumexp(-1)[:, image])
+    else:
+        present, absent = logit.sigmoid(), (-logit).sigmoid()
+        positive = alpha * absent**gamma * -torch.log(present + 1e-8)
+        negative = (1 - alpha) * present**gamma * -torch.log(absent + 1e-8)
+        label_cost = positive - negative
+    query_boxes = [coordinate[:, image] for coordinate in boxes.float().unbind(-1)]  # cx, cy, w, h: each (L, T, Q)
+    own_boxes = [coordinate[:, None] for coordinate in target_boxes.float().unbind(-1)]  # each (T, 1)
+    l1 = sum((a - b).abs() for a, b in zip(query_boxes, own_boxes, strict=True))
+    return cost_class * label_cost + cost_bbox * l1 - cost_giou * _pairwise_giou(query_boxes, own_boxes)
 
 
-def linear_assignment(cost: Tensor, target_offsets: Tensor) -> Tensor:
-    """The query of each target (L, T) int64 at the least total cost per layer and image; -1 for a target left over."""
+def linear_assignment(
+    cost: Tensor, target_offsets: Tensor, *, return_non_finite: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The query of each target (L, T) int64 at the least total cost per layer and image; -1 for a target left over.
+
+    NaN and infinite costs are worse than all finite ones together; their number (L, T) is returned on request.
+    """
+    import numpy as np
     from scipy.optimize import linear_sum_assignment
 
     assignment = torch.full(cost.shape[:2], -1, dtype=torch.int64)
+    non_finite = (~cost.isfinite()).sum(-1)
     offsets = target_offsets.tolist()
-    host_cost = cost.detach().cpu().nan_to_num(1e9, 1e9, -1e9)
-    for layer, layer_cost in enumerate(host_cost.numpy()):
+    for layer, layer_cost in enumerate(cost.detach().cpu().double().numpy()):
         for start, end in zip(offsets[:-1], offsets[1:], strict=True):
-            rows, columns = linear_sum_assignment(layer_cost[start:end])
+            problem = layer_cost[start:end]
+            finite = np.isfinite(problem)
+            if not finite.all():
+                bound = np.abs(problem[finite]).max(initial=0)
+                problem = np.where(finite, problem, 2 * (end - start + 1) * bound if bound > 0 else 1)
+            rows, columns = linear_sum_assignment(problem)
             assignment[layer, start + torch.as_tensor(rows)] = torch.as_tensor(columns)
-    return assignment.to(cost.device)
+    assignment = assignment.to(cost.device)
+    return (assignment, non_finite) if return_non_finite else assignment

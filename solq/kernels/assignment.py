@@ -1,0 +1,212 @@
+"""Linear assignment on the device: for every layer and image the matching of targets to queries of least total cost.
+
+    minimise Σ_t cost[l, t, assignment[l, t]]  over one-to-one assignments of the targets of an image to its Q queries
+
+by shortest augmenting paths (Jonker and Volgenant 1987, https://doi.org/10.1007/BF02278710, in the form of Crouse
+2016, https://doi.org/10.1109/TAES.2016.140952, which SciPy uses too). Targets are the rows and are inserted one by
+one: Dijkstra's algorithm on the reduced costs cost − u − v finds the cheapest chain of re-assignments that ends in a
+free query. One program solves one (layer, image); the queries lie across its lanes, so that a step of Dijkstra is
+one coalesced read of a row and three reductions.
+
+If an image has more targets than queries, some target must stay without one. This is a column that is always free
+and costs every target the same: it takes part as soon as all queries are taken, and whoever is assigned to it by the
+last step of a path is left out. Nothing has to be transposed.
+
+The arithmetic is float64, as SciPy's: both find the same indices, exact ties apart. It is one add per lane and step,
+which hides behind the read of the row.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, overload
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from solq.kernels import reference
+from solq.kernels.matching_cost import check_offsets
+from solq.kernels.runtime import backend_for
+
+
+@triton.jit
+def _linear_assignment_kernel(
+    cost_ptr,  # (L, T, Q)
+    target_offsets_ptr,  # (B + 1,)
+    assignment_ptr,  # (L, T) int64, filled with -1
+    non_finite_ptr,  # (L, T) int64
+    num_targets,
+    num_queries,
+    BLOCK: tl.constexpr,  # lanes, more than the queries: lane num_queries stands for "no query"
+):
+    layer, image = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start = tl.maximum(tl.load(target_offsets_ptr + image).to(tl.int32), 0)
+    end = tl.minimum(tl.load(target_offsets_ptr + image + 1).to(tl.int32), num_targets)
+    num_rows = end - start
+    first_row = layer * num_targets + start
+    cost_ptr += first_row * num_queries
+    assignment_ptr += first_row
+    non_finite_ptr += first_row
+    INFINITY: tl.constexpr = float("inf")
+    lane = tl.arange(0, BLOCK)
+    is_query = lane < num_queries
+
+    # A NaN or infinite cost is replaced by one so large that as few as possible of them are used.
+    largest = tl.zeros([BLOCK], tl.float64)
+    for row in range(num_rows):
+        cost = tl.load(cost_ptr + row * num_queries + lane, mask=is_query, other=0).to(tl.float64)
+        finite = tl.abs(cost) < INFINITY
+        largest = tl.maximum(largest, tl.where(finite, tl.abs(cost), 0))
+        tl.store(non_finite_ptr + row, tl.sum(tl.where(finite, 0, 1)))
+    bound = tl.max(largest)
+    worst = tl.where(bound > 0, 2 * (num_rows + 1) * bound, 1)
+
+    # Lane q holds all that is known of query q: the row it is assigned to (or -1), the dual variable u of that row,
+    # and its own dual variable v.
+    row_of = tl.full([BLOCK], -1, tl.int32)
+    u = tl.zeros([BLOCK], tl.float64)
+    v = tl.zeros([BLOCK], tl.float64)
+    cost_of_none = tl.full([], INFINITY, tl.float64)  # of leaving a row without a query
+
+    for new_row in range(num_rows):
+        if new_row == num_queries:  # no query is free any more; any constant that keeps cost − u − v ≥ 0 will do
+            cost_of_none = tl.max(tl.where(is_query, u, -INFINITY))
+
+        # Dijkstra from the new row: `distance` to the nearest query not yet `closed`, until it is a free one.
+        shortest = tl.full([BLOCK], INFINITY, tl.float64)
+        previous = tl.full([BLOCK], -1, tl.int32)  # the query before this one on its path, -1 for the new row
+        closed = lane > num_queries
+        row = new_row
+        row_u = tl.full([], 0, tl.float64)
+        query = tl.full([], -1, tl.int32)
+        distance = tl.full([], 0, tl.float64)
+        while row >= 0:
+            cost = tl.load(cost_ptr + row * num_queries + lane, mask=is_query, other=0).to(tl.float64)
+            cost = tl.where(tl.abs(cost) < INFINITY, cost, worst)
+            cost = tl.where(is_query, cost, cost_of_none)
+            through_row = distance + (cost - row_u) - v
+            closer = (through_row < shortest) & (closed == 0)
+            shortest = tl.where(closer, through_row, shortest)
+            previous = tl.where(closer, query, previous)
+            open_distance = tl.where(closed, INFINITY, shortest)
+            distance = tl.min(open_distance)
+            # One reduction gives the query and its row; of equally near queries a free one (row -1) comes first.
+            nearest = (open_distance == distance) & (closed == 0)
+            key = tl.min(tl.where(nearest, (row_of + 1) * BLOCK + lane, 2147483647))
+            query = key % BLOCK
+            row = key // BLOCK - 1
+            row_u = tl.sum(tl.where(lane == query, u, 0))
+            closed = closed | (lane == query)
+
+        gain = tl.where(closed & (lane <= num_queries), distance - shortest, 0)
+        u += gain
+        v -= gain
+
+        # Along the path, back from the free query: each query takes over the row of the one before it.
+        while query >= 0:
+            before = tl.sum(tl.where(lane == query, previous, 0))
+            moved_row = tl.sum(tl.where(lane == before, row_of, 0))
+            moved_u = tl.sum(tl.where(lane == before, u, 0))
+            row_of = tl.where(lane == query, tl.where(before < 0, new_row, moved_row), row_of)
+            u = tl.where(lane == query, tl.where(before < 0, distance, moved_u), u)
+            query = before
+        row_of = tl.where(is_query, row_of, -1)
+
+    tl.store(assignment_ptr + row_of, lane.to(tl.int64), mask=row_of >= 0)
+
+
+def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    L, T, Q = cost.shape
+    B = len(target_offsets) - 1
+    assignment = cost.new_full((L, T), -1, dtype=torch.int64)
+    non_finite = cost.new_zeros((L, T), dtype=torch.int64)
+    if cost.numel() > 0:
+        block = triton.next_power_of_2(Q + 1)
+        _linear_assignment_kernel[(L, B)](
+            cost.contiguous(),
+            target_offsets.contiguous(),
+            assignment,
+            non_finite,
+            T,
+            Q,
+            BLOCK=block,
+            num_warps=max(1, block // 256),
+        )
+    return assignment, non_finite
+
+
+def _solve_on_host(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """SciPy: all layers in one copy to the host and one wait, then a thread per layer."""
+    host_cost = cost.to("cpu", non_blocking=True)  # into pinned memory
+    host_offsets = target_offsets.to("cpu", non_blocking=True)
+    if cost.is_cuda:
+        torch.cuda.current_stream(cost.device).synchronize()
+    check_offsets(host_offsets, cost.shape[1])
+    if not cost.is_cuda:
+        return reference.linear_assignment(host_cost, host_offsets, return_non_finite=True)
+    with ThreadPoolExecutor() as threads:
+        solved = list(
+            threads.map(
+                lambda layer: reference.linear_assignment(layer[None], host_offsets, return_non_finite=True), host_cost
+            )
+        )
+    return tuple(torch.cat(parts).to(cost.device, non_blocking=True) for parts in zip(*solved, strict=True))
+
+
+@torch.library.custom_op("solq::linear_assignment", mutates_args=())
+def _linear_assignment(cost: Tensor, target_offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    solve = _solve_on_host if backend == "reference" else _solve_on_device
+    return solve(cost, target_offsets)
+
+
+@_linear_assignment.register_fake
+def _(cost: Tensor, target_offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    per_target = cost.shape[:2]
+    return cost.new_empty(per_target, dtype=torch.int64), cost.new_empty(per_target, dtype=torch.int64)
+
+
+@overload
+def linear_assignment(
+    cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def linear_assignment(
+    cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_assignment(
+    cost: Tensor, target_offsets: Tensor, *, return_non_finite: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The query of each target at the least total cost per layer and image.
+
+    A NaN or infinite cost counts as worse than every finite one: as few of them as possible are used. On a GPU the
+    host does not wait, neither for the result nor for the number of such costs.
+
+    On a GPU Triton solves; ``use_backend("reference")`` makes it SciPy, with one copy of all layers to the host and a
+    thread per layer. From which number of targets per image SciPy is faster is not measured yet.
+
+    Args:
+        cost: (L, T, Q), any float dtype, as `matching_cost` gives it.
+        target_offsets: (B+1,) int64 or int32; image b has the targets target_offsets[b] … target_offsets[b+1] − 1.
+        return_non_finite: whether to return the number of NaN and infinite costs of each target too.
+
+    Returns:
+        (L, T) int64, -1 for a target left without a query because its image has more targets than queries.
+        With `return_non_finite` also (L, T) int64.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit; if offsets do not go from 0 to T without decreasing (on a GPU this
+            is seen only with the environment variable SOLQ_DEBUG=1, which makes the host wait).
+    """
+    if cost.ndim != 3:
+        raise ValueError(f"cost has shape {tuple(cost.shape)}, must be (L, T, Q)")
+    if not cost.is_floating_point():
+        raise ValueError(f"cost is {cost.dtype}, must be a floating-point tensor")
+    if target_offsets.device != cost.device:
+        raise ValueError(f"target_offsets is on {target_offsets.device} but cost on {cost.device}: move them together")
+    check_offsets(target_offsets, cost.shape[1])
+    assignment, non_finite = _linear_assignment(cost.detach(), target_offsets, backend_for(cost))
+    return (assignment, non_finite) if return_non_finite else assignment
