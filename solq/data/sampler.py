@@ -1,0 +1,80 @@
+"""The order of training: which images make the batch of a step, computed from the seed and the step alone."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Key = tuple[int, int]  # an image's index and the seed of its batch
+
+
+class TrainSampler(Sampler[list[Key]]):
+    """Endless batches of keys (index, batch seed), the same for any number of processes.
+
+    An epoch shuffles the images and shows each once; its last batch is filled up with images of its beginning. The batch
+    of a step depends on `seed` and the step only, so a run that starts at `start_step` continues an interrupted one.
+
+    Args:
+        num_samples: number of images.
+        batch_size: images of a step, over all processes.
+        seed: of order and augmentation.
+        rank, world_size: this process takes part `rank` of `world_size` equal parts of each batch.
+        start_step: the first step.
+        groups: a number per image; images of a batch are of one group, but for what is left over at an epoch's end.
+            With orientations for groups, batches need less padding.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError("num_samples is 0: there is nothing to train on")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"batch_size is {batch_size}: it must be a positive multiple of the {world_size} processes"
+            )
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start_step = start_step
+        self.groups = np.zeros(num_samples, np.int64) if groups is None else np.asarray(groups)
+        if len(self.groups) != num_samples:
+            raise ValueError(f"groups has {len(self.groups)} entries but num_samples is {num_samples}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """The images of every batch of an epoch: (steps, batch size) int64."""
+        rng = np.random.default_rng((self.seed, 0, epoch))
+        order = rng.permutation(self.num_samples)
+        full, left = [], []
+        for group in np.unique(self.groups):
+            members = order[self.groups[order] == group]
+            end = len(members) - len(members) % self.batch_size
+            full.append(members[:end])
+            left.append(members[end:])
+        order = np.concatenate(full + left)
+        batches = np.resize(order, (self.steps_per_epoch, self.batch_size))
+        return rng.permutation(batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        part = self.batch_size // self.world_size
+        epoch, position = divmod(self.start_step, self.steps_per_epoch)
+        step = self.start_step
+        while True:
+            for batch in self.epoch(epoch)[position:]:
+                batch_seed = int(np.random.SeedSequence((self.seed, 1, step)).generate_state(1, np.uint64)[0] >> 1)
+                yield [(index, batch_seed) for index in batch[self.rank * part : (self.rank + 1) * part].tolist()]
+                step += 1
+            epoch, position = epoch + 1, 0

@@ -1,0 +1,195 @@
+"""Augmentation: which part of an image is seen, at which size, mirrored or not, applied to pixels, boxes and masks.
+
+Every chain of flips, resizes and crops is one :class:`View`: a window of the original image, stretched to a size, perhaps
+mirrored. So pixels are resampled once, and polygons move as coordinates straight into the frame of their box, where they
+are rasterised once; no mask of an image's size is made for a polygon.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision.ops import roi_align
+
+
+@dataclass(frozen=True)
+class View:
+    """A window of an image in whole pixels (x0, y0, x1, y1), mirrored if `flip`, stretched to `size` (height, width)."""
+
+    window: tuple[int, int, int, int]
+    size: tuple[int, int]
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """DETR's augmentation (its section A.4): half of the images are only resized, the others are cropped before.
+
+    The random numbers are of two kinds. What decides the size (crop or not, its sides, the scale) is drawn for the whole
+    batch, so that its images need little padding; what does not (mirroring, the place of the crop) for each image.
+    An image by itself sees the same distribution as if all were its own.
+
+    Args:
+        scales: lengths of the shorter side, one is chosen.
+        max_size: bound of the longer side.
+        crop: whether half of the images are resized to one of `crop_scales` and cropped to `crop_range` per side first.
+        flip: whether half of the images are mirrored.
+    """
+
+    scales: tuple[int, ...] = tuple(range(480, 801, 32))
+    max_size: int = 1333
+    crop: bool = True
+    flip: bool = True
+    crop_scales: tuple[int, ...] = (400, 500, 600)
+    crop_range: tuple[int, int] = (384, 600)
+
+    def __call__(self, image_size: tuple[int, int], batch_rng: np.random.Generator, rng: np.random.Generator) -> View:
+        """The view of an image of `image_size` (height, width)."""
+        H, W = image_size
+        cropped = self.crop and batch_rng.random() < 0.5
+        scale = int(batch_rng.choice(self.scales))
+        crop_scale = int(batch_rng.choice(self.crop_scales))
+        crop_fractions = batch_rng.random(2)
+        flip = bool(self.flip and rng.random() < 0.5)
+        place = rng.random(2)
+        if not cropped:
+            return View((0, 0, W, H), resized(image_size, scale, self.max_size), flip)
+        window = []
+        for extent, shown, fraction, offset in zip(
+            (H, W), resized(image_size, crop_scale), crop_fractions, place, strict=True
+        ):
+            least, most = min(self.crop_range[0], shown), min(self.crop_range[1], shown)
+            side = least + int(fraction * (most - least + 1))
+            side = max(1, round(side * extent / shown))  # back in pixels of the original image
+            start = int(offset * (extent - side + 1))
+            window.append((start, start + side))
+        (y0, y1), (x0, x1) = window
+        return View((x0, y0, x1, y1), resized((y1 - y0, x1 - x0), scale, self.max_size), flip)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The whole image, its shorter side `size` long unless the longer one would exceed `max_size`."""
+
+    size: int = 800
+    max_size: int = 1333
+
+    def __call__(self, image_size: tuple[int, int], batch_rng: np.random.Generator, rng: np.random.Generator) -> View:
+        """The view of an image of `image_size` (height, width)."""
+        H, W = image_size
+        return View((0, 0, W, H), resized(image_size, self.size, self.max_size))
+
+
+def resized(image_size: tuple[int, int], shorter: int, longest: int | None = None) -> tuple[int, int]:
+    """`image_size` (height, width) scaled to a shorter side of `shorter`, or to a longer side of `longest` if that is less."""
+    low, high = min(image_size), max(image_size)
+    if longest is not None and high * shorter > longest * low:
+        sides = {low: max(1, round(longest * low / high)), high: longest}
+    else:
+        sides = {high: max(1, int(shorter * high / low)), low: shorter}
+    H, W = image_size
+    return sides[H], sides[W]
+
+
+def view_image(image: Tensor, view: View) -> Tensor:
+    """What `view` shows of an image (3, H, W) uint8: (3, view height, view width) uint8."""
+    x0, y0, x1, y1 = view.window
+    window = image[:, y0:y1, x0:x1]
+    if view.flip:
+        window = window.flip(-1)
+    if window.shape[1:] == view.size:
+        return window
+    # Memory in the order of an image file (channels last) is what the uint8 kernel of `interpolate` is fast on.
+    window = window[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(window, view.size, mode="bilinear", antialias=True)[0]
+
+
+def clip_boxes(boxes: NDArray[np.float32], view: View) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Boxes (n, 4; x0 y0 x1 y1 in pixels of the original image) clipped to the window of `view`, and which remain (n,).
+
+    A box remains if at least one pixel of the view's height and width is left of it.
+    """
+    x0, y0, x1, y1 = view.window
+    clipped = np.clip(boxes, np.float32([x0, y0, x0, y0]), np.float32([x1, y1, x1, y1]))
+    height, width = view.size
+    pixel = np.float32([(x1 - x0) / width, (y1 - y0) / height])
+    return clipped, (clipped[:, 2:] - clipped[:, :2] >= pixel * (1 - 1e-4)).all(1)
+
+
+def view_boxes(clipped: NDArray[np.float32], view: View) -> NDArray[np.float32]:
+    """Clipped boxes (n, 4; x0 y0 x1 y1) as cx cy w h in 0..1 of the view."""
+    x0, y0, x1, y1 = view.window
+    extent = np.float32([x1 - x0, y1 - y0])
+    low = (clipped[:, :2] - np.float32([x0, y0])) / extent
+    high = (clipped[:, 2:] - np.float32([x0, y0])) / extent
+    if view.flip:
+        low[:, 0], high[:, 0] = 1 - high[:, 0], 1 - low[:, 0]
+    return np.concatenate([(low + high) / 2, high - low], axis=1)
+
+
+def rasterize_polygons(
+    points: NDArray[np.float32],
+    polygon_lengths: NDArray[np.int64],
+    polygon_instances: NDArray[np.int64],
+    boxes: NDArray[np.float32],
+    flip: bool,
+    size: int,
+) -> NDArray[np.bool_]:
+    """Masks (n, size, size) in the frames of n boxes: a cell belongs to a mask if a polygon of it holds the cell's centre.
+
+    All polygons of an image are filled at once, by the even-odd rule; those of an instance are united.
+
+    Args:
+        points: (V, 2) vertices of all polygons, x y in pixels, one polygon after the other.
+        polygon_lengths: (R,) number of vertices of each polygon.
+        polygon_instances: (R,) the instance of each polygon, in rising order.
+        boxes: (n, 4) x0 y0 x1 y1 in pixels, of positive extent; what lies outside is cut off.
+        flip: mirror the masks.
+        size: N, cells per side.
+    """
+    masks = np.zeros((len(boxes), size, size), dtype=bool)
+    R = len(polygon_lengths)
+    if R == 0:
+        return masks
+    # Vertices in units of cells, and the edges that join them; the last vertex of a polygon is joined with its first.
+    polygon = np.repeat(np.arange(R), polygon_lengths)
+    box = boxes.astype(np.float64)[polygon_instances[polygon]]
+    start = (points - box[:, :2]) / (box[:, 2:] - box[:, :2]) * size
+    if flip:
+        start[:, 0] = size - start[:, 0]
+    last = np.cumsum(polygon_lengths) - 1
+    following = np.arange(1, len(points) + 1)
+    following[last] = last - polygon_lengths + 1
+    end = start[following]
+    # The rows whose centre line an edge crosses: those between its ends, the lower end not included.
+    low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
+    first_row = np.clip(np.ceil(low - 0.5), 0, size).astype(np.int64)
+    rows_crossed = np.clip(np.ceil(high - 0.5), 0, size).astype(np.int64) - first_row
+    edge = np.repeat(np.arange(len(start)), rows_crossed)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(rows_crossed) - rows_crossed, rows_crossed) + first_row[edge]
+    # Where it crosses them. Cells right of a crossing change sides, so parity along a row says what is inside.
+    x, y = start[edge].T
+    slope = (end[edge, 0] - x) / (end[edge, 1] - y)
+    column = np.clip(np.ceil(x + (row + 0.5 - y) * slope - 0.5), 0, size).astype(np.int64)
+    crossings = np.bincount((polygon[edge] * size + row) * (size + 1) + column, minlength=R * size * (size + 1))
+    inside = np.logical_xor.accumulate((crossings & 1).astype(bool).reshape(R, size, size + 1)[..., :size], axis=2)
+    instances, first_polygons = np.unique(polygon_instances, return_index=True)
+    masks[instances] = np.logical_or.reduceat(inside, first_polygons)
+    return masks
+
+
+def crop_rle(
+    counts: bytes, image_size: tuple[int, int], box: NDArray[np.float32], flip: bool, size: int
+) -> NDArray[np.bool_]:
+    """A compressed RLE of an image (height, width) cropped by `box` (x0 y0 x1 y1) with RoIAlign, kept where ≥ 0.5."""
+    mask = coco_mask.decode({"size": list(image_size), "counts": counts})
+    x0, y0 = np.maximum(np.floor(box[:2]).astype(int) - 1, 0)
+    x1, y1 = np.ceil(box[2:]).astype(int) + 1
+    near = torch.from_numpy(np.ascontiguousarray(mask[y0:y1, x0:x1])).float()
+    corners = torch.from_numpy(box - np.float32([x0, y0, x0, y0]))
+    cropped = roi_align(near[None, None], [corners[None]], (size, size), aligned=True)[0, 0] >= 0.5
+    return (cropped.flip(-1) if flip else cropped).numpy()
