@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from solq.evaluation import METRICS, CocoEvaluator, class_table, load_ground_truth, table
+from solq.data.batch import collate
+from solq.evaluation import METRICS, CocoEvaluator, class_table, evaluate, load_ground_truth, table
 from solq.postprocess import Detections
 
 H, W = 80, 120
@@ -353,6 +355,62 @@ def test_annotation_files_that_are_none(tmp_path):
     stray["annotations"][1]["image_id"] = 99
     with pytest.raises(ValueError, match=r"annotations.json: annotation 2 is not usable: KeyError\(99\)"):
         CocoEvaluator(write(tmp_path, stray), CATEGORIES)
+
+
+class Oracle(nn.Module):
+    """Answers with the objects of the images that it is asked about, in turn; remembers how it was called."""
+
+    def __init__(self, image_ids: list[int]) -> None:
+        super().__init__()
+        self.mask_coding = SimpleNamespace(decode_paste=lambda vectors, boxes, image_size: rectangles(boxes.round()))
+        self.answers = iter(image_ids)
+        self.calls: list[tuple[torch.dtype, bool, torch.dtype]] = []
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, images: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
+        assert images.shape[2:] == padding_mask.shape[1:]
+        assert not images[padding_mask[:, None].expand_as(images)].any()
+        self.calls.append((images.dtype, self.training, self.linear(images.new_zeros(1)).dtype))
+        B, Q = len(images), 4
+        logits, boxes = torch.full((B, Q, 3), -9.0), torch.full((B, Q, 4), 0.5)
+        for image in range(B):
+            truth = found(next(self.answers))
+            for query, (box, score, label) in enumerate(zip(truth.boxes, truth.scores, truth.labels, strict=True)):
+                logits[image, query, label] = score.logit()
+                x0, y0, x1, y1 = (box / torch.tensor([W, H, W, H])).tolist()
+                boxes[image, query] = torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
+        return {"pred_logits": logits, "pred_boxes": boxes, "pred_vectors": torch.zeros(B, Q, 1)}
+
+
+def sample(image_id: int, size: tuple[int, int]) -> tuple[Tensor, dict]:
+    """An image as the data set gives it, resized to `size`."""
+    target = {
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "boxes": torch.zeros(0, 4),
+        "masks": torch.zeros(0, 128, 128, dtype=torch.uint8),
+        "image_id": image_id,
+        "orig_size": (H, W),
+        "size": size,
+    }
+    return torch.full((3, *size), 200, dtype=torch.uint8), target
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_loop_scores_an_oracle_with_1(tmp_path, dtype):
+    loader = [
+        collate([sample(11, (40, 60)), sample(12, (64, 96))], sizes=[(64, 96)]),
+        collate([None], sizes=[(64, 96)]),  # a damaged image
+        collate([sample(13, (64, 96)), None, sample(20, (32, 48))], sizes=[(64, 96)]),
+    ]
+    evaluator = CocoEvaluator(write(tmp_path, dataset()), CATEGORIES, boundary=True)
+    model = Oracle(list(OBJECTS)).train()
+    counts: list[int] = []
+    evaluate(model, loader, evaluator, torch.device("cpu"), autocast_dtype=dtype, progress=counts.append)
+    assert counts == [2, 2]
+    assert model.calls == [(torch.float32, False, dtype or torch.float32)] * 2
+    assert model.training
+    metrics = evaluator.summarize()
+    assert [metrics[f"{kind}/AP"] for kind in ("box", "mask", "boundary")] == pytest.approx([1, 1, 1])
 
 
 def test_two_processes_count_every_image_once(tmp_path):
