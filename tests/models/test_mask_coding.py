@@ -1,4 +1,4 @@
-"""Mask codings against their definitions: SciPy, scikit-learn, exact linear algebra and finite differences."""
+"""Mask codings against their definitions: the kernels, scikit-learn, exact linear algebra and finite differences."""
 
 import copy
 import pickle
