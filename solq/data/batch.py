@@ -18,9 +18,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PackedTargets:
     """Targets of B images, T in all: those of image b are offsets[b] … offsets[b + 1].
 
-    labels (T,) int64; boxes (T, 4) float32, cx cy w h in 0..1 of the image without its padding; masks (T, N, N) uint8 in
-    the box frame; offsets (B + 1,) int64; image_ids (B,) int64; orig_sizes and sizes (B, 2) int64, height and width in
-    the file and in the batch.
+    labels (T,) int64; boxes (T, 4) float32, cx cy w h in 0..1 of the image without its padding; masks (T, N, N) uint8
+    in the box frame; offsets (B + 1,) int64; image_ids (B,) int64; orig_sizes and sizes (B, 2) int64, height and width
+    in the file and in the batch.
     """
 
     labels: Tensor
@@ -116,7 +116,7 @@ def collate(samples: Sequence[tuple[Tensor, Target] | None], *, sizes: Sequence[
 
 
 def normalize(images: Tensor, padding_mask: Tensor) -> Tensor:
-    """Images (B, 3, H, W) uint8 as float32 of ImageNet's mean 0 and deviation 1, and 0 on padding, as DETR pads them."""
+    """Images (B, 3, H, W) uint8 as float32 less ImageNet's mean, over its deviation; 0 on padding, as in DETR."""
     # Numbers instead of tensors: a tensor made from them here would be a copy to the device that the host waits for.
     channels = [
         (images[:, channel] - 255 * mean) / (255 * std)

@@ -37,11 +37,14 @@ class CocoDataset(Dataset):
     """Images of a folder and their instances from an annotation file.
 
     `dataset[i]`, or `dataset[(i, seed)]` with a key of :class:`solq.data.sampler.TrainSampler`, is an image (3, H, W)
-    uint8 and a dict of `labels` (n,) int64, `boxes` (n, 4) float32 cx cy w h in 0..1, `masks` (n, N, N) uint8 in the box
-    frame, `image_id` int, `orig_size` and `size` (2,) int64: height and width in the file and here. The random choices
-    of a sample depend on its key only, so neither the number of workers nor the order of reading changes them.
+    uint8 and a dict of `labels` (n,) int64, `boxes` (n, 4) float32 cx cy w h in 0..1, `masks` (n, N, N) uint8 in the
+    box frame, `image_id` int, `orig_size` and `size` (2,) int64: height and width in the file and here. The random
+    choices of a sample depend on its key only, so neither the number of workers nor the order of reading changes them.
 
     An image that cannot be read is reported and gives None, or a ValueError if `strict`.
+
+    Crowd regions are no targets; evaluation reads them from the annotation file itself. Images without annotations are
+    samples without targets.
 
     The instances lie in a few flat arrays, not in Python objects: worker processes share their memory, because no
     reference count is written when one is read.
@@ -51,8 +54,7 @@ class CocoDataset(Dataset):
         annotations: JSON file, "instances" of COCO's format: polygons, compressed or uncompressed RLE.
         transform: chooses what is seen of an image.
         mask_size: N.
-        train: crowd regions are left out of the targets, in training and here at all times; if `train` is set, a file
-            without a single instance is an error.
+        train: the images are to be learned from, so that a file without a single usable instance is an error.
         strict: a damaged image is an error.
 
     Attributes:
@@ -117,7 +119,7 @@ class CocoDataset(Dataset):
         boxes, remain = clip_boxes(self._boxes[instances], view)
         instances, boxes = instances[remain], boxes[remain]
         masks = self._crop_masks(instances, boxes, (height, width), view.flip)
-        remain = masks.any((1, 2))  # of an instance that reaches into a crop by its box only, nothing is seen
+        remain = np.any(masks, axis=(1, 2))  # of an instance that reaches into a crop by its box only, nothing is seen
         target = {
             "labels": torch.from_numpy(self._labels[instances[remain]].astype(np.int64)),
             "boxes": torch.from_numpy(view_boxes(boxes[remain], view)),
@@ -228,10 +230,8 @@ def labels_of_categories(names: dict[int, str]) -> tuple[list[int], list[str]]:
     labels that are no id stay unused. So it is done with all ids that leave few labels unused: none is negative and the
     largest is at most twice the number of categories. Others are numbered in rising order.
     """
-    if min(names) >= 0 and max(names) <= 2 * len(names):
-        ids = list(range(max(names) + 1))
-    else:
-        ids = sorted(names)
+    few_unused = min(names) >= 0 and max(names) <= 2 * len(names)
+    ids = list(range(max(names) + 1)) if few_unused else sorted(names)
     return ids, [names.get(i, "") for i in ids]
 
 

@@ -11,8 +11,8 @@ Key = tuple[int, int]  # an image's index and the seed of its batch
 class TrainSampler(Sampler[list[Key]]):
     """Endless batches of keys (index, batch seed), the same for any number of processes.
 
-    An epoch shuffles the images and shows each once; its last batch is filled up with images of its beginning. The batch
-    of a step depends on `seed` and the step only, so a run that starts at `start_step` continues an interrupted one.
+    An epoch shuffles the images and shows each once; its last batch is filled up with images of its beginning. The
+    batch of a step depends on `seed` and the step only, so a run that starts at `start_step` continues another.
 
     Args:
         num_samples: number of images.

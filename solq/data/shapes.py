@@ -176,7 +176,7 @@ def _draw_shape(rng: np.random.Generator, name: str, size: int) -> tuple[NDArray
             points = outline @ turn * radius + centre
             pen.polygon([tuple(point) for point in (points * _SUPERSAMPLING).tolist()], fill=ink)
             area += _polygon_area(points) * (1 if ink else -1)
-    return np.asarray(layer.reduce(_SUPERSAMPLING), dtype=np.float32) / 255, area
+    return np.asarray(layer.reduce(_SUPERSAMPLING), dtype=np.float32) / np.float32(255), area
 
 
 def _outlines(rng: np.random.Generator, name: str) -> tuple[list[Outline], list[Outline]]:

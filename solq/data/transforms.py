@@ -1,8 +1,8 @@
 """Augmentation: which part of an image is seen, at which size, mirrored or not, applied to pixels, boxes and masks.
 
-Every chain of flips, resizes and crops is one :class:`View`: a window of the original image, stretched to a size, perhaps
-mirrored. So pixels are resampled once, and polygons move as coordinates straight into the frame of their box, where they
-are rasterised once; no mask of an image's size is made for a polygon.
+Every chain of flips, resizes and crops is one :class:`View`: a window of the original image, stretched to a size,
+perhaps mirrored. So pixels are resampled once, and polygons move as coordinates straight into the frame of their box,
+where they are rasterised once; no mask of an image's size is made for a polygon.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torchvision.ops import roi_align
 
 @dataclass(frozen=True)
 class View:
-    """A window of an image in whole pixels (x0, y0, x1, y1), mirrored if `flip`, stretched to `size` (height, width)."""
+    """A window x0 y0 x1 y1 of an image, in whole pixels, mirrored if `flip` and stretched to `size` (height, width)."""
 
     window: tuple[int, int, int, int]
     size: tuple[int, int]
@@ -29,9 +29,9 @@ class View:
 class TrainTransform:
     """DETR's augmentation (its section A.4): half of the images are only resized, the others are cropped before.
 
-    The random numbers are of two kinds. What decides the size (crop or not, its sides, the scale) is drawn for the whole
-    batch, so that its images need little padding; what does not (mirroring, the place of the crop) for each image.
-    An image by itself sees the same distribution as if all were its own.
+    The random numbers are of two kinds. What decides the size (crop or not, its sides, the scale) is drawn for the
+    whole batch, so that its images need little padding; what does not (mirroring, the place of the crop) for each
+    image. An image by itself sees the same distribution as if all were its own.
 
     Args:
         scales: lengths of the shorter side, one is chosen.
@@ -85,7 +85,7 @@ class EvalTransform:
 
 
 def resized(image_size: tuple[int, int], shorter: int, longest: int | None = None) -> tuple[int, int]:
-    """`image_size` (height, width) scaled to a shorter side of `shorter`, or to a longer side of `longest` if that is less."""
+    """A (height, width) scaled to a shorter side of `shorter`, or to a longer side of `longest` if that is less."""
     low, high = min(image_size), max(image_size)
     if longest is not None and high * shorter > longest * low:
         sides = {low: max(1, round(longest * low / high)), high: longest}
@@ -113,22 +113,25 @@ def clip_boxes(boxes: NDArray[np.float32], view: View) -> tuple[NDArray[np.float
 
     A box remains if at least one pixel of the view's height and width is left of it.
     """
-    x0, y0, x1, y1 = view.window
-    clipped = np.clip(boxes, np.float32([x0, y0, x0, y0]), np.float32([x1, y1, x1, y1]))
-    height, width = view.size
-    pixel = np.float32([(x1 - x0) / width, (y1 - y0) / height])
-    return clipped, (clipped[:, 2:] - clipped[:, :2] >= pixel * (1 - 1e-4)).all(1)
+    low, high = _window_corners(view)
+    corners = np.concatenate([np.clip(boxes[:, :2], low, high), np.clip(boxes[:, 2:], low, high)], axis=1)
+    pixel = (high - low) / np.array(view.size[::-1], np.float32)
+    return corners, np.all(corners[:, 2:] - corners[:, :2] >= pixel * 0.9999, axis=1)
 
 
 def view_boxes(clipped: NDArray[np.float32], view: View) -> NDArray[np.float32]:
     """Clipped boxes (n, 4; x0 y0 x1 y1) as cx cy w h in 0..1 of the view."""
-    x0, y0, x1, y1 = view.window
-    extent = np.float32([x1 - x0, y1 - y0])
-    low = (clipped[:, :2] - np.float32([x0, y0])) / extent
-    high = (clipped[:, 2:] - np.float32([x0, y0])) / extent
+    low, high = _window_corners(view)
+    extent = (clipped[:, 2:] - clipped[:, :2]) / (high - low)
+    centre = ((clipped[:, 2:] + clipped[:, :2]) / 2 - low) / (high - low)
     if view.flip:
-        low[:, 0], high[:, 0] = 1 - high[:, 0], 1 - low[:, 0]
-    return np.concatenate([(low + high) / 2, high - low], axis=1)
+        centre[:, 0] = 1 - centre[:, 0]
+    return np.concatenate([centre, extent], axis=1)
+
+
+def _window_corners(view: View) -> NDArray[np.float32]:
+    """The window's corners as rows (x0, y0) and (x1, y1)."""
+    return np.array(view.window, np.float32).reshape(2, 2)
 
 
 def rasterize_polygons(
@@ -139,7 +142,7 @@ def rasterize_polygons(
     flip: bool,
     size: int,
 ) -> NDArray[np.bool_]:
-    """Masks (n, size, size) in the frames of n boxes: a cell belongs to a mask if a polygon of it holds the cell's centre.
+    """Masks (n, size, size) in the frames of n boxes: a cell is set where a polygon of the instance holds its centre.
 
     All polygons of an image are filled at once, by the even-odd rule; those of an instance are united.
 
@@ -190,6 +193,6 @@ def crop_rle(
     x0, y0 = np.maximum(np.floor(box[:2]).astype(int) - 1, 0)
     x1, y1 = np.ceil(box[2:]).astype(int) + 1
     near = torch.from_numpy(np.ascontiguousarray(mask[y0:y1, x0:x1])).float()
-    corners = torch.from_numpy(box - np.float32([x0, y0, x0, y0]))
+    corners = torch.from_numpy(box) - torch.tensor([x0, y0, x0, y0])
     cropped = roi_align(near[None, None], [corners[None]], (size, size), aligned=True)[0, 0] >= 0.5
     return (cropped.flip(-1) if flip else cropped).numpy()
