@@ -14,13 +14,53 @@ from torch import Tensor
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
 
-def _shape_pairs(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
-    return [(h, w) for h, w in (spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Multi-scale deformable attention (Deformable DETR, section 4.1)
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class _RowGradient(torch.autograd.Function):
+    """The gradient of an embedding bag to its rows: the bags of the transposed problem, found by one sort.
+
+    The bag is torch's; its own gradient to the rows is many times slower and not reproducible on every device.
+    """
+
+    @staticmethod
+    def forward(ctx, bags: Tensor, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weights)
+        ctx.num_rows = len(rows)
+        return bags.view_as(bags)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, weights = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None, None
+        row, order = index.flatten().sort(stable=True)
+        starts = torch.searchsorted(row, torch.arange(ctx.num_rows, dtype=row.dtype, device=row.device))
+        grad_rows = F.embedding_bag(
+            order // index.shape[1],
+            grad.contiguous(),
+            starts,
+            mode="sum",
+            per_sample_weights=weights.flatten().take(order),
+        )
+        return grad, grad_rows, None, None
+
+
+def _corners(locations: Tensor, size: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pixel index and weight of the two neighbours, along one axis, of `locations` in 0..1 over maps of `size` pixels.
+
+    A location a pixel or more outside, infinite or NaN gets the weight zero and a gradient of zero.
+    """
+    position = locations * size - 0.5
+    position = torch.where((position > -1) & (position < size), position, -1)
+    low = position.detach().floor()
+    fraction = position - low
+    return [
+        (low.clamp(min=0).int(), (1 - fraction) * (low >= 0)),
+        ((low + 1).int().minimum(size - 1), fraction * (low + 1 < size)),
+    ]
 
 
 def ms_deform_attn(
@@ -30,22 +70,36 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sum of bilinear samples of `value`, weighted by `attention_weights`."""
-    B, _, M, D = value.shape
-    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
+    """Sum of bilinear samples of `value`, weighted by `attention_weights`: see `solq.kernels.ms_deform_attn`.
+
+    Each output is a weighted sum of 4·L·P rows of `value`, which is what torch calls an embedding bag: nothing of
+    the size of the samples, B·Q·M·L·P·D, ever exists.
+    """
+    B, S, M, D = value.shape
+    Q, L, P = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
     compute = torch.promote_types(value.dtype, torch.float32)
-    shapes = _shape_pairs(spatial_shapes)
-    grids = 2 * sampling_locations.to(compute) - 1
-    sampled = []
-    for level, (level_value, (h, w)) in enumerate(
-        zip(value.to(compute).split([h * w for h, w in shapes], dim=1), shapes, strict=True)
-    ):
-        image = level_value.permute(0, 2, 3, 1).reshape(B * M, D, h, w)
-        grid = grids[:, :, :, level].transpose(1, 2).reshape(B * M, Q, P, 2)
-        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = attention_weights.to(compute).transpose(1, 2).reshape(B * M, 1, Q, -1)
-    output = (torch.stack(sampled, dim=-2).flatten(-2) * weights).sum(-1)
-    return output.view(B, M * D, Q).transpose(1, 2).to(value.dtype)
+    int32 = {"dtype": torch.int32, "device": value.device}
+
+    # Of each sample (m, l, p), over all M·L·P of a query: the size of its level, and that level's first row.
+    levels = torch.cat([torch.as_tensor(spatial_shapes, **int32).T, torch.as_tensor(level_start_index, **int32)[None]])
+    height, width, start = levels[:, None, :, None].expand(3, M, L, P).flatten(1)
+    head = torch.arange(M, **int32)[:, None].expand(M, L * P).flatten()
+    first_row = (torch.arange(B, **int32)[:, None, None] * S + start) * M + head  # (B, 1, M·L·P)
+
+    x, y = sampling_locations.to(compute).reshape(B, Q, M * L * P, 2).unbind(-1)
+    attention = attention_weights.to(compute).reshape(B, Q, M * L * P)
+    across = [(column * M, weight) for column, weight in _corners(x, width)]
+    down = [(line * (width * M) + first_row, weight * attention) for line, weight in _corners(y, height)]
+
+    def bags(corners: list[Tensor]) -> Tensor:
+        return torch.stack([c.view(B, Q, M, L * P) for c in corners], dim=3).view(B * Q * M, 4 * L * P)
+
+    index = bags([line + column for line, _ in down for column, _ in across])
+    weights = bags([weight_y * weight_x for _, weight_y in down for _, weight_x in across])
+    rows = value.to(compute).reshape(B * S * M, D)
+    output = F.embedding_bag(index, rows.detach(), mode="sum", per_sample_weights=weights)
+    output = _RowGradient.apply(output, rows, index, weights.detach())
+    return output.view(B, Q, M * D).to(value.dtype)
 
 
 def ms_deform_attn_fused(
@@ -60,12 +114,12 @@ def ms_deform_attn_fused(
     compute = torch.promote_types(value.dtype, torch.float32)
     offsets = sampling_offsets.to(compute)
     centres = reference_points.to(compute)[:, :, None, :, None, :]
-    if reference_points.shape[-1] == 2:
-        shapes = torch.as_tensor(_shape_pairs(spatial_shapes), dtype=compute, device=value.device)
+    if reference_points.shape[-1] == 2:  # offsets in pixels of each level
+        shapes = torch.as_tensor(spatial_shapes, dtype=compute, device=value.device)
         locations = centres + offsets / shapes.flip(-1)[:, None]
-    else:
+    else:  # offsets in half the box, at P points
         P = sampling_offsets.shape[-2]
-        locations = centres[..., :2] + offsets / P * centres[..., 2:] * 0.5
+        locations = centres[..., :2] + offsets * (centres[..., 2:] * (0.5 / P))
     weights = attention_logits.to(compute).flatten(-2).softmax(-1).view(attention_logits.shape)
     return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
 
@@ -74,41 +128,63 @@ def ms_deform_attn_fused(
 # Mask codec (SOLQ, section 3.2, mask compression coding)
 # ---------------------------------------------------------------------------------------------------------------------
 
+CHUNK = 64  # masks at a time: as floats they stay in the processor's cache
+
+
+def kept_rows(size: int, num_coefficients: int) -> int:
+    """How many rows (and columns) of a spectrum the first n zigzag coefficients reach: 23 of 128 for n = 256."""
+    diagonals = (math.isqrt(8 * num_coefficients - 7) + 1) // 2  # the last coefficient is n - 1
+    return min(diagonals, size)
+
 
 def dct_matrix(size: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """The orthonormal DCT-II matrix A (size, size): the transform of a square mask is A @ mask @ A.T."""
-    frequency = torch.arange(size, dtype=torch.float64)[:, None]
-    position = torch.arange(size, dtype=torch.float64) + 0.5
-    matrix = torch.cos(math.pi / size * frequency * position) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix.to(device=device, dtype=dtype)
+    frequency = torch.arange(size, dtype=torch.float64, device=device)[:, None]
+    position = torch.arange(size, dtype=torch.float64, device=device) + 0.5
+    scale = torch.where(frequency == 0, math.sqrt(1 / size), math.sqrt(2 / size))
+    return (torch.cos(math.pi / size * frequency * position) * scale).to(dtype)
 
 
-def zigzag(size: int, num_coefficients: int) -> Tensor:
+def zigzag(size: int, num_coefficients: int, *, device: torch.device | None = None) -> Tensor:
     """Rows and columns (2, n) of the first coefficients in JPEG's zigzag order: (0,0), (0,1), (1,0), (2,0), …"""
-    order = sorted(
-        ((row, column) for row in range(size) for column in range(size)),
-        key=lambda rc: (sum(rc), rc[0] if sum(rc) % 2 else rc[1]),
-    )
-    return torch.tensor(order[:num_coefficients], dtype=torch.int64).T
+    index = torch.arange(num_coefficients, device=device)
+    # Past the longest diagonal the order is that of the beginning, mirrored: both corners are counted alike.
+    mirrored = index >= size * (size + 1) // 2
+    index = torch.where(mirrored, size * size - 1 - index, index)
+    diagonal = ((torch.sqrt(8.0 * index.double() + 1) - 1) / 2).long()
+    along = index - diagonal * (diagonal + 1) // 2
+    upwards = diagonal % 2 == 0
+    order = torch.stack([torch.where(upwards, diagonal - along, along), torch.where(upwards, along, diagonal - along)])
+    return torch.where(mirrored, size - 1 - order, order)
 
 
 def dct_encode(masks: Tensor, num_coefficients: int = 256) -> Tensor:
     """The first n zigzag coefficients (K, n) of the orthonormal 2-D DCT-II of masks (K, N, N)."""
-    size = masks.shape[-1]
-    rows, columns = zigzag(size, num_coefficients)
-    matrix = dct_matrix(size, device=masks.device, dtype=torch.float32)[: int(rows.max()) + 1]
-    return (matrix @ masks.float() @ matrix.T)[:, rows, columns]
+    size, kept = masks.shape[-1], kept_rows(masks.shape[-1], num_coefficients)
+    matrix = dct_matrix(size, device=masks.device)[:kept].float()
+    rows, columns = zigzag(size, num_coefficients, device=masks.device)
+    # Even cosines are symmetric about the middle, odd ones antisymmetric: half a mask's rows are enough for each.
+    even, odd = matrix[0::2, : size // 2], matrix[1::2, : size // 2]
+    # Those spectra lie one after the other: first the even rows, then the odd ones.
+    position = (rows % 2 * len(even) + rows // 2) * kept + columns
+    vectors = [masks.new_empty(0, num_coefficients, dtype=torch.float32)]
+    for some in masks.split(CHUNK) if len(masks) else ():
+        upper, lower = some.float().chunk(2, dim=1)
+        lower = lower.flip(1)
+        half_spectra = torch.cat([even @ (upper + lower), odd @ (upper - lower)], dim=1)  # (…, kept, N)
+        vectors.append((half_spectra @ matrix.T).flatten(1).index_select(1, position))
+    return torch.cat(vectors)
 
 
 def dct_decode(coefficients: Tensor, size: int = 128) -> Tensor:
     """The masks (K, size, size) of which `coefficients` (K, n) are the first DCT coefficients, the others zero."""
-    rows, columns = zigzag(size, coefficients.shape[-1])
-    kept = int(rows.max()) + 1
-    matrix = dct_matrix(size, device=coefficients.device, dtype=torch.float32)[:kept]
-    spectrum = coefficients.new_zeros(len(coefficients), kept, kept, dtype=torch.float32)
-    spectrum[:, rows, columns] = coefficients.float()
-    return matrix.T @ spectrum @ matrix
+    n = coefficients.shape[-1]
+    kept = kept_rows(size, n)
+    matrix = dct_matrix(size, device=coefficients.device)[:kept].float()
+    rows, columns = zigzag(size, n, device=coefficients.device)
+    spectrum = coefficients.new_zeros(len(coefficients), kept * kept, dtype=torch.float32)
+    spectrum = spectrum.index_copy(1, rows * kept + columns, coefficients.float()).unflatten(1, (kept, kept))
+    return matrix.T @ (spectrum @ matrix)
 
 
 def binarize(masks: Tensor) -> Tensor:
@@ -116,31 +192,50 @@ def binarize(masks: Tensor) -> Tensor:
     return masks > (masks.amin((1, 2), keepdim=True) + masks.amax((1, 2), keepdim=True)) / 2
 
 
-def _roi_align_matrix(start: Tensor, end: Tensor, extent: int, size: int) -> Tensor:
-    """RoIAlign along one axis (K, size, extent): it averages bilinear samples, so it is linear and separable."""
-    start, end = start - 0.5, end - 0.5
-    bin_size = (end - start) / size
-    count = bin_size.ceil().clamp(min=1).nan_to_num(1, 1, 1)  # adaptive sampling: samples per bin
-    most = int(count.max()) if len(count) else 1
-    step = torch.arange(most, device=start.device)
-    bins = torch.arange(size, device=start.device)
-    positions = (
-        start[:, None, None]
-        + bin_size[:, None, None] * (bins[:, None] + (step + 0.5) / count[:, None, None])
-    )  # (K, size, most)
-    inside = (positions >= -1) & (positions <= extent) & (step < count[:, None, None])
-    positions = positions.nan_to_num(-2).clamp(0, extent - 1)
-    pixels = torch.arange(extent, device=start.device)
-    hat = (1 - (positions[..., None] - pixels).abs()).clamp(min=0) * inside[..., None]
-    return hat.sum(2) / count[:, None, None]
+def dct_decode_binary(coefficients: Tensor, size: int = 128) -> Tensor:
+    """`dct_decode`, binarised (K, size, size)."""
+    return torch.cat([binarize(dct_decode(some, size)) for some in coefficients.split(CHUNK)])
+
+
+LARGEST_CORNER = 2.0**20  # corners of boxes farther out are moved to there: no image reaches it
+
+
+def _roi_align_weights(start: float, end: float, extent: int, size: int, device: torch.device) -> tuple[Tensor, int]:
+    """RoIAlign along one axis is linear: its weights (size, reach) on the pixels first … first + reach, and first."""
+    low, high = (torch.tensor([start, end]).clamp(-LARGEST_CORNER, LARGEST_CORNER) - 0.5).unbind()
+    bin_size = (high - low) / size
+    count = math.ceil(bin_size) if math.isfinite(bin_size) else 0  # adaptive sampling: samples per bin
+    if count <= 0:  # inverted, empty, not finite
+        return torch.zeros(size, 0, device=device), 0
+    # All samples of all bins in one row, of which those near the image are looked at.
+    spacing = float(bin_size) / count
+    nearest = [int((edge - float(low)) / spacing) for edge in (-1, extent)]
+    sample = torch.arange(max(nearest[0] - 2, 0), max(min(nearest[1] + 2, size * count), 0))
+    index, step = sample // count, sample % count
+    position = low + index * bin_size + (step + 0.5) * bin_size / count
+    inside = (position >= -1) & (position <= extent)
+    index, position = index[inside], position[inside].clamp(0, extent - 1)
+    if not len(index):
+        return torch.zeros(size, 0, device=device), 0
+    pixel = position.floor().long()
+    upper_share = position - pixel
+    first = int(pixel[0])
+    weights = torch.zeros(size, int(pixel[-1]) + 2 - first)
+    weights.index_put_((index, pixel - first), 1 - upper_share, accumulate=True)
+    weights.index_put_((index, pixel + 1 - first), upper_share, accumulate=True)  # zero where pixel + 1 is outside
+    return (weights[:, : extent - first] / count).to(device), first
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, size: int = 128) -> Tensor:
-    """Masks (K, H, W) cropped by their boxes (K, 4; x0 y0 x1 y1 in pixels) with RoIAlign, kept where ≥ 0.5."""
+    """Masks (K, H, W) cropped by their boxes (K, 4) with RoIAlign (aligned, adaptive sampling), True where ≥ 0.5."""
     H, W = masks.shape[-2:]
-    x0, y0, x1, y1 = boxes.float().unbind(-1)
-    cropped = _roi_align_matrix(y0, y1, H, size) @ masks.float() @ _roi_align_matrix(x0, x1, W, size).mT
-    return cropped >= 0.5
+    crops = masks.new_empty(len(masks), size, size, dtype=torch.bool)
+    for crop, mask, (x0, y0, x1, y1) in zip(crops, masks, boxes.tolist(), strict=True):
+        down, top = _roi_align_weights(y0, y1, H, size, masks.device)
+        across, left = _roi_align_weights(x0, x1, W, size, masks.device)
+        region = mask[top : top + down.shape[1], left : left + across.shape[1]]
+        torch.ge(down @ region.float() @ across.T, 0.5, out=crop)
+    return crops
 
 
 def crop_dct_encode(masks: Tensor, boxes: Tensor, size: int = 128, num_coefficients: int = 256) -> Tensor:
@@ -148,27 +243,30 @@ def crop_dct_encode(masks: Tensor, boxes: Tensor, size: int = 128, num_coefficie
     return dct_encode(crop_masks(masks, boxes, size), num_coefficients)
 
 
-def _paste_matrix(start: Tensor, end: Tensor, extent: int, size: int) -> Tensor:
-    """Bilinear interpolation (K, extent, size) of a mask stretched over start … end, at the centres of pixels."""
-    centres = torch.arange(extent, device=start.device) + 0.5
-    positions = (centres - start[:, None]) / (end - start)[:, None] * size - 0.5
-    hat = (1 - (positions[..., None] - torch.arange(size, device=start.device)).abs()).clamp(min=0)
-    return hat.nan_to_num(0)
+def _paste_weights(start: float, end: float, extent: int, size: int, device: torch.device) -> tuple[Tensor, int]:
+    """Bilinear weights (reach, size) of a mask stretched over start … end at the pixels from first on, and first."""
+    # A pixel whose centre lies outside the box is closer to the zeros around the mask: below the threshold.
+    first, last = (int(min(max(edge, 0), extent)) for edge in (start - 1, end + 1))
+    position = (torch.arange(first, last) + 0.5 - start) / (end - start) * size - 0.5
+    return (1 - (position[:, None] - torch.arange(size)).abs()).clamp(min=0).to(device), first
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Masks (K, N, N) stretched over their boxes (K, 4) in an image (H, W), kept where ≥ 0.5: (K, H, W) bool."""
+    """Masks (K, N, N) stretched over their boxes (K, 4) in an image (H, W), True where ≥ 0.5: (K, H, W) bool."""
     H, W = image_size
-    x0, y0, x1, y1 = boxes.float().unbind(-1)
     size = masks.shape[-1]
-    valid = (x1 > x0) & (y1 > y0)
-    pasted = _paste_matrix(y0, y1, H, size) @ masks.float() @ _paste_matrix(x0, x1, W, size).mT
-    return (pasted >= 0.5) & valid[:, None, None]
+    images = masks.new_zeros(len(masks), H, W, dtype=torch.bool)
+    for image, mask, (x0, y0, x1, y1) in zip(images, masks.float(), boxes.float().tolist(), strict=True):
+        if x0 < x1 and y0 < y1 and math.isfinite(x1 - x0) and math.isfinite(y1 - y0):
+            down, top = _paste_weights(y0, y1, H, size, masks.device)
+            across, left = _paste_weights(x0, x1, W, size, masks.device)
+            image[top : top + len(down), left : left + len(across)] = down @ mask @ across.T >= 0.5
+    return images
 
 
 def dct_decode_paste(coefficients: Tensor, boxes: Tensor, image_size: tuple[int, int], size: int = 128) -> Tensor:
     """Decoded, binarised masks of vectors (K, n) pasted into their boxes (K, 4) in pixels: (K, H, W) bool."""
-    return paste_masks(binarize(dct_decode(coefficients, size)), boxes, image_size)
+    return paste_masks(dct_decode_binary(coefficients, size), boxes, image_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
