@@ -1,5 +1,6 @@
 """Samples to batches: images padded to one of few sizes, targets of all images packed in flat tensors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +13,25 @@ Target = dict[str, Any]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def padded_sizes(scales: Sequence[int], max_size: int) -> list[Size]:
+    """The few sizes (height, width) that batches of images of these scales are padded to, at most 15.
+
+    A model is compiled for each of them. Four steps of the shorter side, each wide as a crop and as a photograph, or
+    high as a portrait; the largest three hold what is longer. All are multiples of 32, the stride of C5.
+    """
+    shortest, longest, largest = min(scales), _up(max(scales)), _up(max_size)
+    sizes = {(longest, largest), (largest, longest), (largest, largest)}
+    for step in range(1, 5):
+        side = _up(shortest + (max(scales) - shortest) * step / 4)
+        sizes |= {(side, min(largest, _up(side * aspect))) for aspect in (1.2, 1.5)}
+        sizes |= {(min(largest, _up(side * 1.35)), side)}
+    return sorted(sizes)
+
+
+def _up(length: float) -> int:
+    return math.ceil(length / 32) * 32
 
 
 @dataclass

@@ -63,6 +63,7 @@ class CocoDataset(Dataset):
         category_ids: COCO category id of each label.
         image_ids: (I,) int64.
         image_sizes: (I, 2) int64 height, width.
+        orientations: (I,) int64, 1 where an image is higher than wide.
         dropped: number of annotations left out, by reason.
         coco_json: the annotation file.
 
@@ -98,6 +99,11 @@ class CocoDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    @property
+    def orientations(self) -> NDArray[np.int64]:
+        """(I,) 1 where an image is higher than wide: groups for batches of little padding."""
+        return (self.image_sizes[:, 0] > self.image_sizes[:, 1]).astype(np.int64)
 
     def __getitem__(self, key: int | Key) -> tuple[Tensor, dict[str, Any]] | None:
         index, batch_seed = key if isinstance(key, tuple) else (key, 0)
@@ -255,6 +261,8 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> list[Sequen
             raise ValueError("the RLE's size is not the image's")
         counts = segmentation.get("counts")
         if isinstance(counts, str):
+            if not _covers(counts.encode(), height * width):
+                raise ValueError("the RLE's counts do not sum to the image's pixels")
             return counts.encode()
         if isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts):
             if sum(counts) != height * width:
@@ -274,6 +282,28 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> list[Sequen
     except TypeError as error:
         raise ValueError("a polygon is not a list of numbers") from error
     return polygons
+
+
+def _covers(counts: bytes, num_pixels: int) -> bool:
+    """Whether a compressed RLE has run lengths that sum to `num_pixels`; pycocotools reads others as noise.
+
+    A run length is written in characters of 5 bits, low bits first, with a sixth bit on all but the last; from the
+    fourth on it is the difference to the length two before.
+    """
+    bits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)
+    if len(ends) == 0 or ends[-1] != len(bits) - 1 or bits.min() < 0 or bits.max() > 63:
+        return False
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    num_characters = ends - starts + 1
+    if num_characters.max() > 12:  # more than 60 bits
+        return False
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, num_characters))
+    lengths = np.add.reduceat((bits & 31) << shifts, starts)
+    lengths -= ((bits[ends] & 16) != 0).astype(np.int64) << (5 * num_characters)  # two's complement
+    lengths[1::2] = np.cumsum(lengths[1::2])
+    lengths[2::2] = np.cumsum(lengths[2::2])
+    return bool(lengths.min() >= 0 and lengths.sum() == num_pixels)
 
 
 def read_image(path: Path, image_size: tuple[int, int]) -> Tensor:

@@ -131,7 +131,7 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], 
                 visible = [*remaining, mask]
                 _paint(rng, canvas, coverage)
                 break
-    canvas += rng.normal(0, rng.uniform(1, 6), canvas.shape)
+    canvas += np.float32(rng.uniform(1, 6)) * rng.standard_normal(canvas.shape, np.float32)
     return canvas.clip(0, 255).astype(np.uint8), list(zip(labels, visible, strict=True))
 
 
@@ -140,25 +140,26 @@ def _background(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     colour = rng.uniform(40, 215, 3)
     coarse = (colour + rng.normal(0, 22, (4, 4, 3))).clip(0, 255).astype(np.uint8)
     canvas = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
-    y, x = np.mgrid[:size, :size] / size
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, frequency = rng.uniform(0, np.pi), rng.uniform(12, 60)
     pattern = np.sin(frequency * (x * np.cos(angle) + y * np.sin(angle)))
     if rng.random() < 0.5:
         pattern = pattern * np.sin(frequency * (y * np.cos(angle) - x * np.sin(angle)))
-    return canvas + (pattern[..., None] * rng.normal(0, 14, 3)).astype(np.float32)
+    return canvas + pattern[..., None] * rng.normal(0, 14, 3).astype(np.float32)
 
 
 def _paint(rng: np.random.Generator, canvas: NDArray[np.float32], coverage: NDArray[np.float32]) -> None:
     """Lay one shape over `canvas` in place, in a colour that differs from what it covers."""
-    behind = np.average(canvas.reshape(-1, 3), axis=0, weights=coverage.ravel())
+    region = np.ix_(coverage.any(1), coverage.any(0))
+    coverage, covered = coverage[region], canvas[region]
+    behind = covered.mean((0, 1))
     colours = rng.uniform(0, 255, (8, 3))
     colour = colours[np.abs(colours - behind).sum(1).argmax()] if rng.random() < 0.5 else colours[0]
     if np.abs(colour - behind).sum() < 120:
         colour = np.where(behind > 127, behind - 90, behind + 90)
-    shade = np.linspace(rng.uniform(-25, 25), rng.uniform(-25, 25), len(canvas), dtype=np.float32)
-    shade = shade[:, None] if rng.random() < 0.5 else shade[None]
-    texture = rng.normal(0, rng.uniform(0, 10), coverage.shape).astype(np.float32) + shade
-    canvas += coverage[..., None] * (colour.astype(np.float32) + texture[..., None] - canvas)
+    shade = np.linspace(rng.uniform(-25, 25), rng.uniform(-25, 25), len(coverage), dtype=np.float32)[:, None]
+    texture = shade + np.float32(rng.uniform(0, 10)) * rng.standard_normal(coverage.shape, np.float32)
+    canvas[region] = covered + coverage[..., None] * (colour.astype(np.float32) + texture[..., None] - covered)
 
 
 def _draw_shape(rng: np.random.Generator, name: str, size: int) -> tuple[NDArray[np.float32], float]:
@@ -249,6 +250,11 @@ def trace_contours(mask: NDArray[np.bool_]) -> list[Outline]:
     A contour joins the middles of successive pixel sides between mask and background (marching squares). It passes
     no pixel's centre, so rasterising it gives exactly the mask again.
     """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if len(rows) == 0:
+        return []
+    top, left = int(rows[0]), int(columns[0])
+    mask = mask[top : rows[-1] + 1, left : columns[-1] + 1]
     padded = np.pad(mask, 1)
     # Each side of a mask pixel that faces the background, as a step between corners that has the mask on its right
     # (y points down): from corner (x, y) in direction (dx, dy).
@@ -261,7 +267,7 @@ def trace_contours(mask: NDArray[np.bool_]) -> list[Outline]:
     ):
         neighbour = padded[1 + dy : padded.shape[0] - 1 + dy, 1 + dx : padded.shape[1] - 1 + dx]
         ys, xs = np.nonzero(mask & ~neighbour)
-        for x, y in zip((xs + start[0]).tolist(), (ys + start[1]).tolist(), strict=True):
+        for x, y in zip((xs + left + start[0]).tolist(), (ys + top + start[1]).tolist(), strict=True):
             sides.setdefault((x, y), []).append(step)
     contours = []
     while sides:
@@ -279,6 +285,7 @@ def trace_contours(mask: NDArray[np.bool_]) -> list[Outline]:
             middles.append((corner[0] + step[0] / 2, corner[1] + step[1] / 2))
             corner = (corner[0] + step[0], corner[1] + step[1])
         points = np.array(middles)
-        before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
-        contours.append(points[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]])
+        steps = np.diff(points, axis=0, append=points[:1])
+        turns = (steps != np.concatenate([steps[-1:], steps[:-1]])).any(1)
+        contours.append(points[turns])
     return contours
