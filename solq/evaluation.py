@@ -7,6 +7,7 @@ faster-coco-eval.
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from torch import nn
+from torchvision.ops import box_convert
 
 from solq.data.batch import Batch, normalize
+from solq.data.coco import read_segmentation
 from solq.postprocess import Detections, postprocess
+
+logger = logging.getLogger(__name__)
 
 METRICS = {  # COCO's twelve numbers, in pycocotools' order
     "AP": "AP, IoU 0.50:0.95",
@@ -78,6 +83,31 @@ class CocoEvaluator:
     def results(self) -> list[dict[str, Any]]:
         """All detections in the format that COCO's test server takes, by image."""
         return [entry for image_id in sorted(self._results) for entry in self._results[image_id]]
+
+    def ground_truth(self, image_id: int) -> Detections:
+        """The objects of an image as detections of score 1, without crowds."""
+        annotations = self.dataset["annotations"]
+        return self._as_detections(a for a in annotations if a["image_id"] == image_id and not a["iscrowd"])
+
+    def predictions(self, image_id: int) -> Detections:
+        """What `update` was given for an image, on the CPU."""
+        return self._as_detections(self._results[image_id])
+
+    def _as_detections(self, entries: Iterable[dict[str, Any]]) -> Detections:
+        label_of = {category: label for label, category in enumerate(self.category_ids)}
+        entries = [entry for entry in entries if entry["category_id"] in label_of]
+        boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
+        masks = None
+        if entries and all("segmentation" in entry for entry in entries):
+            masks = (
+                torch.from_numpy(coco_mask.decode([entry["segmentation"] for entry in entries])).permute(2, 0, 1).bool()
+            )
+        return Detections(
+            box_convert(boxes, "xywh", "xyxy"),
+            torch.tensor([entry.get("score", 1.0) for entry in entries]),
+            torch.tensor([label_of[entry["category_id"]] for entry in entries], dtype=torch.int64),
+            masks,
+        )
 
     def save(self, path: Path) -> None:
         """Write :meth:`results` as JSON; the file is there whole or not at all."""
@@ -185,8 +215,7 @@ def load_ground_truth(path: Path) -> dict[str, Any]:
     """The annotation file with what pycocotools needs: every key there, segmentations as compressed run lengths.
 
     Annotations get new ids, from 1: pycocotools takes the id 0 for "not matched", and an id that two annotations
-    share for one annotation. Polygons of fewer than three points are left out; an annotation with no other counts for
-    boxes only.
+    share for one annotation. An annotation without a usable segmentation counts for boxes only.
     """
     try:
         file = json.loads(path.read_bytes())
@@ -199,39 +228,46 @@ def load_ground_truth(path: Path) -> dict[str, Any]:
             f"{path} is not an annotation file in COCO's format (JSON with images, annotations, categories): {error!r}"
         ) from error
 
-    filled = []
-    for number, annotation in enumerate(annotations, start=1):
-        try:
-            image = images[annotation["image_id"]]
-            filled.append(_filled(annotation, image) | {"id": number})
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{path}: annotation {annotation.get('id', number)} is not usable: {error!r}") from error
+    filled: list[dict[str, Any]] = []
+    unusable: list[Any] = []
+    for annotation in annotations:
+        number, image_id = annotation.get("id"), annotation.get("image_id")
+        if image_id not in images:
+            raise ValueError(
+                f"{path}: annotation {number} is of image {image_id}, which is not among images: "
+                "add the image or remove the annotation"
+            )
+        entry = _filled(annotation, images[image_id])
+        if entry is None:
+            unusable.append(number)
+        else:
+            filled.append(entry | {"id": len(filled) + 1})
+    if unusable:
+        logger.warning("%s: %d annotations have neither box nor mask (ids %s …)", path, len(unusable), unusable[:3])
     return {"info": {}, "licenses": [], **file, "categories": categories, "annotations": filled}
 
 
-def _filled(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
+def _filled(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, Any] | None:
     """The annotation with the segmentation as run lengths and `iscrowd`, `bbox` and `area` filled in."""
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list):
-        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+    H, W = image["height"], image["width"]
     filled = {"iscrowd": 0, **annotation}
-    filled.pop("segmentation", None)
-    if segmentation:
-        rle = _run_lengths(segmentation, image["height"], image["width"])
+    segmentation = filled.pop("segmentation", None)
+    with contextlib.suppress(ValueError):  # the data set says which segmentations are unusable, and why
+        shape = read_segmentation(segmentation, H, W)
+        rle = {"size": [H, W], "counts": shape} if isinstance(shape, bytes) else _union(shape, H, W)
         filled["segmentation"] = rle
-        filled.setdefault("bbox", coco_mask.toBbox(rle).tolist())
+        filled["bbox"] = filled.get("bbox") or coco_mask.toBbox(rle).tolist()
         filled.setdefault("area", float(coco_mask.area(rle)))
-    filled.setdefault("area", filled["bbox"][2] * filled["bbox"][3])
+    try:
+        _, _, width, height = map(float, filled["bbox"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    filled.setdefault("area", width * height)
     return filled
 
 
-def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Polygons, compressed or uncompressed run lengths as compressed run lengths."""
-    if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation
+def _union(polygons: list[Sequence[float]], height: int, width: int) -> dict[str, Any]:
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def _evaluate(
