@@ -30,6 +30,9 @@ class SeparateMaskHead(nn.Module):
 
     def __init__(self, width: int, num_heads: int, feature_channels: Sequence[int]) -> None:
         super().__init__()
+        divisor = 16 << len(feature_channels)  # 8 groups in the narrowest normalisation
+        if width % divisor:
+            raise ValueError(f"width is {width}, must be a multiple of {divisor} for {len(feature_channels)} features")
         self.num_heads = num_heads
         self.stride = 32 >> len(feature_channels)  # pixels of the padded image per element of a mask
         self.query_proj = nn.Linear(width, width)
@@ -161,7 +164,7 @@ class SeparateMaskHead(nn.Module):
         return (logits > 0) & rows[:, :, None] & columns[:, None, :]
 
     def _sample(self, maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Maps (n, c, h, w) interpolated at columns x (n, X) and rows y (n, Y), pixels of the padded image: (n, c, Y, X).
+        """Maps (n, c, h, w) at columns x (n, X) and rows y (n, Y), in pixels of the padded image: (n, c, Y, X).
 
         Beyond its edge a map goes on with the value there.
         """
