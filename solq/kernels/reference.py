@@ -132,9 +132,9 @@ CHUNK = 64  # masks at a time: as floats they stay in the processor's cache
 
 
 def kept_rows(size: int, num_coefficients: int) -> int:
-    """How many rows (and columns) of a spectrum the first n zigzag coefficients reach: 23 of 128 for n = 256."""
-    diagonals = (math.isqrt(8 * num_coefficients - 7) + 1) // 2  # the last coefficient is n - 1
-    return min(diagonals, size)
+    """How many rows (and columns) of a spectrum hold the first n zigzag coefficients: 24 of 128 for n = 256."""
+    diagonals = (math.isqrt(8 * num_coefficients - 7) + 1) // 2
+    return min((diagonals + 7) // 8 * 8, size)  # matrix products are faster at multiples of eight
 
 
 def dct_matrix(size: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -165,14 +165,13 @@ def dct_encode(masks: Tensor, num_coefficients: int = 256) -> Tensor:
     rows, columns = zigzag(size, num_coefficients, device=masks.device)
     # Even cosines are symmetric about the middle, odd ones antisymmetric: half a mask's rows are enough for each.
     even, odd = matrix[0::2, : size // 2], matrix[1::2, : size // 2]
-    # Those spectra lie one after the other: first the even rows, then the odd ones.
-    position = (rows % 2 * len(even) + rows // 2) * kept + columns
-    vectors = [masks.new_empty(0, num_coefficients, dtype=torch.float32)]
-    for some in masks.split(CHUNK) if len(masks) else ():
-        upper, lower = some.float().chunk(2, dim=1)
+    position = (rows % 2 * len(even) + rows // 2) * kept + columns  # the even rows come first, then the odd ones
+    vectors = []
+    for some in masks.split(CHUNK):
+        upper, lower = (some if some.is_floating_point() else some.short()).chunk(2, dim=1)
         lower = lower.flip(1)
-        half_spectra = torch.cat([even @ (upper + lower), odd @ (upper - lower)], dim=1)  # (…, kept, N)
-        vectors.append((half_spectra @ matrix.T).flatten(1).index_select(1, position))
+        half = torch.cat([even @ (upper + lower).float(), odd @ (upper - lower).float()], dim=1)  # (…, kept, N)
+        vectors.append((half @ matrix.T).flatten(1).index_select(1, position))
     return torch.cat(vectors)
 
 
@@ -202,15 +201,16 @@ LARGEST_CORNER = 2.0**20  # corners of boxes farther out are moved to there: no 
 
 def _roi_align_weights(start: float, end: float, extent: int, size: int, device: torch.device) -> tuple[Tensor, int]:
     """RoIAlign along one axis is linear: its weights (size, reach) on the pixels first … first + reach, and first."""
-    low, high = (torch.tensor([start, end]).clamp(-LARGEST_CORNER, LARGEST_CORNER) - 0.5).unbind()
-    bin_size = (high - low) / size
-    count = math.ceil(bin_size) if math.isfinite(bin_size) else 0  # adaptive sampling: samples per bin
-    if count <= 0:  # inverted, empty, not finite
+    if not math.isfinite(end - start):
         return torch.zeros(size, 0, device=device), 0
-    # All samples of all bins in one row, of which those near the image are looked at.
-    spacing = float(bin_size) / count
-    nearest = [int((edge - float(low)) / spacing) for edge in (-1, extent)]
-    sample = torch.arange(max(nearest[0] - 2, 0), max(min(nearest[1] + 2, size * count), 0))
+    low, high = torch.tensor([start, end]).clamp(-LARGEST_CORNER, LARGEST_CORNER) - 0.5
+    bin_size = ((high - low) / size).item()
+    count = math.ceil(bin_size)  # adaptive sampling: samples per bin
+    if count <= 0:  # inverted or empty
+        return torch.zeros(size, 0, device=device), 0
+    # The samples of all bins in one row, of which only those about the image are made.
+    first, last = (min(max(int((edge - low.item()) * count / bin_size), 0), size * count) for edge in (-3, extent + 2))
+    sample = torch.arange(first, last)
     index, step = sample // count, sample % count
     position = low + index * bin_size + (step + 0.5) * bin_size / count
     inside = (position >= -1) & (position <= extent)
@@ -219,8 +219,8 @@ def _roi_align_weights(start: float, end: float, extent: int, size: int, device:
         return torch.zeros(size, 0, device=device), 0
     pixel = position.floor().long()
     upper_share = position - pixel
-    first = int(pixel[0])
-    weights = torch.zeros(size, int(pixel[-1]) + 2 - first)
+    first, last = pixel[[0, -1]].tolist()
+    weights = torch.zeros(size, last + 2 - first)
     weights.index_put_((index, pixel - first), 1 - upper_share, accumulate=True)
     weights.index_put_((index, pixel + 1 - first), upper_share, accumulate=True)  # zero where pixel + 1 is outside
     return (weights[:, : extent - first] / count).to(device), first
