@@ -166,9 +166,7 @@ def _(cost: Tensor, target_offsets: Tensor, backend: str) -> tuple[Tensor, Tenso
 
 
 @overload
-def linear_assignment(
-    cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[False] = False
-) -> Tensor: ...
+def linear_assignment(cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[False] = False) -> Tensor: ...
 
 
 @overload

@@ -108,8 +108,7 @@ def _matching_cost_kernel(
     ends = tl.load(target_offsets_ptr + 1 + images, mask=images < num_images, other=num_targets + 1)
     image = tl.minimum(tl.sum((ends <= target).to(tl.int32)), num_images - 1)
 
-    label = tl.load(target_labels_ptr + target).to(tl.int32)
-    known_label = (label >= 0) & (label < num_classes)
+    label = tl.load(target_labels_ptr + target)
     target_box_ptr = target_boxes_ptr + target * 4
     target_cx = tl.load(target_box_ptr).to(tl.float32)
     target_cy = tl.load(target_box_ptr + 1).to(tl.float32)
@@ -122,8 +121,9 @@ def _matching_cost_kernel(
     w = tl.load(boxes_ptr + predictions * 4 + 2, mask=mask, other=0).to(tl.float32)
     h = tl.load(boxes_ptr + predictions * 4 + 3, mask=mask, other=0).to(tl.float32)
     # A label outside the classes is an error of the caller that only the device can see: its costs are NaN.
-    logit_ptr = logits_ptr + predictions * num_classes + label
-    logit = tl.load(logit_ptr, mask=mask & known_label, other=float("nan")).to(tl.float32)
+    column = tl.minimum(tl.maximum(label, 0), num_classes - 1)
+    logit = tl.load(logits_ptr + predictions * num_classes + column, mask=mask, other=0).to(tl.float32)
+    logit = tl.where(label == column, logit, float("nan"))
     log_normalizer = logit
     if SOFTMAX:
         log_normalizer = tl.load(log_normalizer_ptr + predictions, mask=mask, other=0)
@@ -246,7 +246,9 @@ def _check(
     if T and values_are_known(target_labels):
         low, high = target_labels.min().item(), target_labels.max().item()
         if low < 0 or high >= C:
-            raise ValueError(f"target_labels has {low if low < 0 else high}, must be in 0..{C - 1} as logits has {C} classes")
+            raise ValueError(
+                f"target_labels has {low if low < 0 else high}, must be in 0..{C - 1} as logits has {C} classes"
+            )
 
 
 def matching_cost(
