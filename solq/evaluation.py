@@ -69,6 +69,11 @@ class CocoEvaluator:
             if image_id not in self._results:
                 self._results[image_id] = of_image.to_coco(image_id, self.category_ids)
 
+    @property
+    def image_ids(self) -> list[int]:
+        """The images that were seen, in rising order."""
+        return sorted(self._results)
+
     def gather(self) -> None:
         """Give every process of the group the detections of all, an image of several processes once."""
         if not (dist.is_available() and dist.is_initialized()):
@@ -82,7 +87,7 @@ class CocoEvaluator:
 
     def results(self) -> list[dict[str, Any]]:
         """All detections in the format that COCO's test server takes, by image."""
-        return [entry for image_id in sorted(self._results) for entry in self._results[image_id]]
+        return [entry for image_id in self.image_ids for entry in self._results[image_id]]
 
     def ground_truth(self, image_id: int) -> Detections:
         """The objects of an image as detections of score 1, without crowds."""
@@ -134,7 +139,7 @@ class CocoEvaluator:
             kinds += ["mask", "boundary"] if self.boundary else ["mask"]
         metrics: dict[str, float] = {}
         for kind in kinds:
-            evaluation = _evaluate(self.dataset, results, kind, list(self._results) if only_seen_images else None)
+            evaluation = _evaluate(self.dataset, results, kind, self.image_ids if only_seen_images else None)
             metrics |= {f"{kind}/{name}": float(value) for name, value in zip(METRICS, evaluation.stats, strict=False)}
             if per_class:
                 metrics |= {f"{kind}/AP/{name}": ap for name, ap in _average_precisions(evaluation).items()}
@@ -294,7 +299,7 @@ def _evaluate(
             found = truth.loadRes([dict(entry) for entry in results])
         evaluation = Evaluation(truth, found, iou_type)
         if image_ids is not None:
-            evaluation.params.imgIds = sorted(image_ids)
+            evaluation.params.imgIds = image_ids
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -3,15 +3,21 @@
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from solq.postprocess import Detections
+from solq.data.batch import normalize
+from solq.data.coco import CocoDataset, read_image
+from solq.evaluation import CocoEvaluator
+from solq.kernels.reference import paste_masks
+from solq.postprocess import Detections, postprocess
 
 LEGIBLE_SIDE = 480  # pixels: images with a shorter longer side are enlarged, so that names on them can be read
 FONT_SIZE = 13
@@ -34,6 +40,25 @@ def draw_detections(
     height, width = image.shape[-2:]
     factor = max(1.0, LEGIBLE_SIDE / max(height, width))
     return _draw(image, detections, class_names, threshold, show_scores, factor)
+
+
+def comparison_rows(
+    evaluator: CocoEvaluator, images: Path, count: int = 8
+) -> list[tuple[Tensor, Detections, Detections]]:
+    """What `comparison_grid` takes, for `count` of the images that were evaluated, spread evenly over them.
+
+    Args:
+        evaluator: after `evaluate`, on a process that has gathered.
+        images: the folder of the images.
+    """
+    by_id = {image["id"]: image for image in evaluator.dataset["images"]}
+    seen = evaluator.image_ids
+    rows = []
+    for image_id in seen[:: max(1, len(seen) // count)][:count]:
+        entry = by_id[image_id]
+        image = read_image(Path(images) / entry["file_name"], (entry["height"], entry["width"]))
+        rows.append((image, evaluator.ground_truth(image_id), evaluator.predictions(image_id)))
+    return rows
 
 
 def comparison_grid(
@@ -92,7 +117,7 @@ def _draw(
 ) -> Tensor:
     """The image resized by `factor` with the detections on it."""
     size = [max(1, round(side * factor)) for side in image.shape[-2:]]
-    image = F.interpolate(image[None].cpu().float(), size, mode="bilinear", antialias=True)[0].round().byte()
+    image = _resized(image.cpu(), size)
     detections = detections[detections.scores >= threshold]
     if len(detections) == 0:
         return image
@@ -105,16 +130,28 @@ def _draw(
 
     if detections.masks is not None:
         for mask, color in zip(detections.masks, colors, strict=True):
-            whole = F.interpolate(mask[None, None].cpu().float(), size, mode="bilinear")[0] > 0.5
-            inner = F.max_pool2d((~whole).float(), 3, stride=1, padding=1) == 0
-            paint = torch.tensor(color)[:, None, None]
-            image = torch.where(whole, (0.55 * image + 0.45 * paint).byte(), image)
-            image = torch.where(whole & ~inner, paint.byte(), image)
+            _paint(image, _resized(mask[None].cpu().byte() * 255, size)[0] > 127, color)
     image = draw_bounding_boxes(image, boxes, colors=colors)
     labels = [class_names[label] for label in detections.labels.tolist()]
     if show_scores:
         labels = [f"{name} {score:.2f}" for name, score in zip(labels, detections.scores.tolist(), strict=True)]
     return _write_labels(image, boxes, labels, colors)
+
+
+def _resized(image: Tensor, size: list[int]) -> Tensor:
+    """A copy of the image (C, H, W) uint8 in another size."""
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clone()
+
+
+def _paint(image: Tensor, mask: Tensor, color: Color) -> None:
+    """Tint the pixels (3, H, W) uint8 where `mask` (H, W) is true, and fill its outline."""
+    inner = mask.clone()
+    for axis in (0, 1):
+        inner.narrow(axis, 1, mask.shape[axis] - 1).logical_and_(mask.narrow(axis, 0, mask.shape[axis] - 1))
+        inner.narrow(axis, 0, mask.shape[axis] - 1).logical_and_(mask.narrow(axis, 1, mask.shape[axis] - 1))
+    paint = torch.tensor(color, dtype=torch.uint8)[:, None]
+    image[:, mask] = (0.55 * image[:, mask] + 0.45 * paint).byte()
+    image[:, mask & ~inner] = paint
 
 
 def _color(index: int) -> Color:
@@ -148,3 +185,41 @@ def _write_labels(image: Tensor, boxes: Tensor, labels: list[str], colors: list[
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: nn.Module,
+    dataset: CocoDataset,
+    path: Path,
+    device: torch.device,
+    count: int = 6,
+    threshold: float = 0.4,
+) -> None:
+    """Write a PNG of the first images of a dataset: the objects that are there beside what the model found.
+
+    Args:
+        model: as `solq.evaluation.evaluate` takes it, in evaluation mode.
+        dataset: images as the model sees them, and their targets.
+        path: of the PNG.
+        device: of the model.
+        count: how many images with objects are drawn.
+        threshold: predictions of a lower score are not drawn.
+    """
+    mask_coding: Any = model.mask_coding
+    rows = []
+    for sample in (dataset[index] for index in range(len(dataset))):
+        if len(rows) == count:
+            break
+        if sample is None or len(sample[1]["labels"]) == 0:
+            continue
+        image, target = sample
+        _, height, width = image.shape
+        images, padding_mask = image[None].to(device), torch.zeros(1, height, width, dtype=torch.bool, device=device)
+        outputs = model(normalize(images, padding_mask), padding_mask)
+        predictions = postprocess(outputs, target["size"][None], mask_coding.decode_paste, score_threshold=threshold)
+        boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
+        masks = paste_masks(target["masks"], boxes, (height, width))
+        truth = Detections(boxes, torch.ones(len(boxes)), target["labels"], masks)
+        rows.append((image, truth, predictions[0].to("cpu")))
+    comparison_grid(rows, dataset.class_names, path, threshold)
