@@ -23,10 +23,8 @@ class FitCoding:
     coding: Literal["pca", "sparse"] = "pca"
     output: Path | None = None
     """File to write; `<coding>-<num coefficients>-<size>.safetensors` in the current folder unless given."""
-    images: str = "train2017"
-    """Folder of the images, in the data folder."""
-    annotations: str = "annotations/instances_train2017.json"
-    """Annotation file, in the data folder."""
+    train_split: str = "train2017"
+    """Images in DATA/<split>/, annotations in DATA/annotations/instances_<split>.json."""
     num_coefficients: int = 256
     size: int = 128
     """Side of the masks that are coded."""
@@ -50,9 +48,8 @@ def fit_coding(args: FitCoding) -> Path:
         coding: PCACoding | SparseCoding = PCACoding(args.num_coefficients, args.size)
     else:
         coding = SparseCoding(args.num_coefficients, args.size, args.beta)
-    dataset = CocoDataset(
-        args.data / args.images, args.data / args.annotations, EvalTransform(), mask_size=args.size, train=True
-    )
+    annotations = args.data / "annotations" / f"instances_{args.train_split}.json"
+    dataset = CocoDataset(args.data / args.train_split, annotations, EvalTransform(), mask_size=args.size, train=True)
     console = Console()
     masks = read_masks(dataset, args.max_masks, args.seed, console)
     with console.status(f"fitting {args.coding} coding to {len(masks)} masks"):

@@ -133,8 +133,9 @@ class FittedCoding(MaskCoding):
         with torch.autocast(vectors.device.type, enabled=False):
             return (self.mean + vectors.float() @ self.components).view(-1, self.size, self.size)
 
-    def _centred(self, masks: Tensor) -> Tensor:
-        return masks.flatten(1).float() - self.mean
+    def _project(self, masks: Tensor) -> Tensor:
+        """Products (K, n) of the centred masks and each component, in float64: neither TF32 nor autocast round it."""
+        return (masks.flatten(1).double() - self.mean) @ self.components.double().T
 
     def _require_fitted(self) -> None:
         if not self.fitted:
@@ -168,8 +169,7 @@ class PCACoding(FittedCoding):
 
     def encode(self, masks: Tensor) -> Tensor:
         self._require_fitted()
-        with torch.autocast(masks.device.type, enabled=False):
-            return self._centred(masks) @ self.components.T
+        return self._project(masks).float()
 
     @torch.no_grad()
     def fit(self, masks: Tensor, seed: int = 0) -> None:
@@ -223,20 +223,18 @@ class SparseCoding(FittedCoding):
         A fixed number of iterations: nothing waits for the device.
         """
         self._require_fitted()
-        with torch.autocast(masks.device.type, enabled=False):
-            correlation = masks.flatten(1).float() @ self.components.T
-            vectors = torch.zeros_like(correlation)
-            ahead = vectors
-            momentum = correlation.new_ones(len(masks), 1)
-            for _ in range(iterations):
-                moved = ahead - self.step * (ahead @ self.gram - correlation)
-                shrunk = moved.sign() * (moved.abs() - self.step * self.beta).clamp(min=0)
-                uphill = ((ahead - shrunk) * (shrunk - vectors)).sum(1, keepdim=True) > 0
-                momentum = torch.where(uphill, 1.0, momentum)
-                following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
-                ahead = shrunk + (momentum - 1) / following * (shrunk - vectors)
-                vectors, momentum = shrunk, following
-            return vectors
+        correlation, gram = self._project(masks), self.gram.double()
+        vectors = ahead = torch.zeros_like(correlation)
+        momentum = correlation.new_ones(len(masks), 1)
+        for _ in range(iterations):
+            moved = ahead - self.step * (ahead @ gram - correlation)
+            shrunk = moved.sign() * (moved.abs() - self.step * self.beta).clamp(min=0)
+            uphill = ((ahead - shrunk) * (shrunk - vectors)).sum(1, keepdim=True) > 0
+            momentum = torch.where(uphill, 1.0, momentum)
+            following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
+            ahead = shrunk + (momentum - 1) / following * (shrunk - vectors)
+            vectors, momentum = shrunk, following
+        return vectors.float()
 
     @torch.no_grad()
     def fit(self, masks: Tensor, seed: int = 0, epochs: int = 10) -> None:
