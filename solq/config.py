@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Preset = Literal["shapes", "r50", "r101", "swin-l"]
 Backbone = Literal["resnet10", "resnet18", "resnet50", "resnet101", "swin-t", "swin-s", "swin-b", "swin-l"]
@@ -36,3 +36,127 @@ class ModelConfig:
     vector_hidden: int = 1024
     gradient_checkpointing: bool = False
     """Recompute transformer layers in the backward pass: less memory, more time."""
+
+
+@dataclass
+class TrainConfig:
+    """A training run; the defaults are the published recipe on COCO."""
+
+    preset: Preset = "shapes"
+    """Which defaults to start from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    data: Path | None = None
+    """Folder in COCO's layout; without it the shapes dataset is generated beside the output."""
+    train_split: str = "train2017"
+    """Images in DATA/<split>/, annotations in DATA/annotations/instances_<split>.json."""
+    val_split: str = "val2017"
+    scales: tuple[int, ...] = tuple(range(480, 801, 32))
+    """Lengths of the shorter image side in training, one is drawn per batch."""
+    max_size: int = 1333
+    """Bound of the longer side."""
+    crop: bool = True
+    """Half of the training images are cropped."""
+    eval_scale: int = 800
+    """Length of the shorter image side in evaluation."""
+    workers: int = 4
+    """Processes that load images, per training process."""
+    strict: bool = False
+    """Stop at a damaged image instead of skipping it."""
+
+    output: Path | None = None
+    """Folder of the run; runs/<preset>, or the next free runs/<preset>-<number>, unless given."""
+    resume: bool = False
+    """Continue the run in the output folder, exactly where its last checkpoint left it."""
+    backbone_weights: str = "imagenet"
+    """"imagenet" to download, the path of a file, or "none" to train from scratch."""
+    mask_coding_weights: Path | None = None
+    """A fitted PCA or sparse coding, from `solq fit-coding`."""
+
+    epochs: float = 50
+    steps: int | None = None
+    """Length of the run in steps, instead of epochs."""
+    batch_size: int = 32
+    """Images of a step, over all processes and accumulated batches."""
+    accumulate: int = 1
+    """Parts that a step's images are computed in: less memory, same gradients."""
+    lr: float = 2e-4
+    lr_backbone: float = 2e-5
+    lr_points: float = 2e-5
+    """Learning rate of the layers that place reference and sampling points."""
+    lr_drop: float = 0.8
+    """Share of the run after which the learning rates fall to a tenth."""
+    warmup_steps: int = 0
+    """Steps in which the learning rates rise from zero."""
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    """Bound of the gradient's norm."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights and evaluate that; 0 is off."""
+    vector_loss_weight: float = 3.0
+    """λ_vec (Table 3b)."""
+    vector_loss_start: int = 0
+    """First decoder layer with a vector loss (Table 3c)."""
+
+    amp: bool = False
+    """Automatic mixed precision: bfloat16 where the device has it, else float16 with loss scaling."""
+    compile: bool = False
+    """torch.compile the model."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    eval_every: int = 0
+    """Steps between two evaluations; 0 evaluates at the end only."""
+    boundary_ap: bool = False
+    """Report Boundary AP too (Table 4)."""
+
+
+def preset(name: Preset, *, cpu: bool) -> TrainConfig:
+    """The settings called `name`, for a CPU or a GPU."""
+    coco = TrainConfig(preset=name, batch_size=2 if cpu else 32, workers=1 if cpu else 4)
+    match name:
+        case "r50":
+            return coco
+        case "r101":
+            return replace(coco, model=ModelConfig(backbone="resnet101"))
+        case "swin-l":
+            return replace(
+                coco,
+                model=ModelConfig(backbone="swin-l", gradient_checkpointing=True),
+                scales=tuple(range(416, 1089, 32)),
+                max_size=1536,
+                eval_scale=1088,
+            )
+        case "shapes":
+            return TrainConfig(
+                model=ModelConfig(
+                    backbone="resnet10",
+                    backbone_norm="group",
+                    width=128,
+                    encoder_layers=2,
+                    decoder_layers=3,
+                    feedforward=512,
+                    dropout=0.0,
+                    num_queries=30,
+                    vector_hidden=512,
+                ),
+                scales=(128,),
+                max_size=128,
+                crop=False,
+                eval_scale=128,
+                workers=1,
+                backbone_weights="none",
+                epochs=8 if cpu else 40,
+                batch_size=16,
+                lr=5e-4,
+                lr_backbone=5e-4,
+                lr_points=5e-5,
+                warmup_steps=100,
+                clip_norm=1.0,
+                ema_decay=0.99,
+                log_every=20,
+            )
+    raise ValueError(f"preset is {name!r}, must be one of {', '.join(get_args(Preset))}")

@@ -36,6 +36,10 @@ class Detections:
         masks = None if self.masks is None else self.masks[kept]
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
+    def to(self, device: torch.device | str) -> "Detections":
+        masks = None if self.masks is None else self.masks.to(device)
+        return Detections(self.boxes.to(device), self.scores.to(device), self.labels.to(device), masks)
+
     def rle(self) -> list[dict[str, Any]]:
         """The masks as COCO's compressed run lengths, see :func:`encode_masks`."""
         if self.masks is None:
