@@ -129,8 +129,10 @@ def test_loss_of_no_targets_and_degenerate_boxes(head: SeparateMaskHead) -> None
     none = head.mask_logits(head(**inputs()), *torch.zeros(2, 0, dtype=torch.int64))
     assert none.shape == (0, 8, 12)
     masks, sizes = torch.ones(3, 16, 16, dtype=torch.uint8), torch.tensor([[64, 96]] * 3)
-    for loss in head.loss(none, masks[:0], torch.zeros(0, 4), sizes[:0]).values():
-        assert loss.shape == (0,)
+    losses = head.loss(none, masks[:0], torch.zeros(0, 4), sizes[:0])
+    assert [loss.shape for loss in losses.values()] == [(0,), (0,)]
+    sum(loss.sum() for loss in losses.values()).backward()
+    assert all((p.grad == 0).all() for p in head.parameters())  # parallel training waits for every gradient
     boxes = torch.tensor([[0.5, 0.5, 0.0, 0.0], [3.0, 3.0, 0.1, 0.1], [0.5, 0.5, 50.0, 50.0]])
     logits = torch.randn(3, 8, 12, requires_grad=True)
     losses = head.loss(logits, masks, boxes, sizes)
