@@ -11,7 +11,7 @@ from torch import Tensor
 
 from solq.evaluation import CocoEvaluator
 from solq.postprocess import Detections
-from solq.visualize import LEGIBLE_SIDE, comparison_grid, comparison_rows, draw_detections
+from solq.visualize import LEGIBLE_SIDE, MARGIN, comparison_grid, comparison_rows, draw_detections
 
 NAMES = ["cat", "dog"]
 
@@ -102,7 +102,7 @@ def test_a_grid_has_every_panel(tmp_path):
     comparison_grid(rows[:1], NAMES, path)
     one = np.asarray(Image.open(path))
     assert Image.open(path).format == "PNG"
-    right = one[50:, one.shape[1] // 2 :]  # without the title
+    right = one[-MARGIN - LEGIBLE_SIDE // 2 :, one.shape[1] // 2 :]  # without the title
     assert (right == 100).all(-1).sum() == LEGIBLE_SIDE**2 // 2, "the prediction below the threshold was drawn"
     assert (one == 100).all(-1).sum() < 0.9 * LEGIBLE_SIDE**2, "the ground truth was not drawn"
     comparison_grid(rows, NAMES, path)
