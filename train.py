@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -161,6 +162,10 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
     if world_size > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
 
+    def report() -> None:
+        shown = ema.module if ema else model
+        evaluate_and_show(shown, val_set, config, output, rank, world_size, device, amp_dtype)
+
     def checkpoint(step: int) -> None:
         if is_main:
             save_checkpoint(
@@ -220,9 +225,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
         saves = done % config.save_every == 0 or done == steps
         # Processes agree on a stop where they wait for the device anyway.
         stops = bool(signals) if world_size == 1 else logs and any_process(bool(signals), device)
-        if logs or saves or stops:
-            if int(bad_step) >= 0:
-                sys.exit(f"error: {describe_bad_step(int(bad_step), config, sampler, train_set)}")
+        if (logs or saves or stops) and int(bad_step) >= 0:
+            sys.exit(f"error: {describe_bad_step(int(bad_step), config, sampler, train_set)}")
         if logs:
             values = mean_over_processes({"loss": total, **losses}, device)
             if log:
@@ -241,20 +245,18 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
                 )
             return
         if config.eval_every and done % config.eval_every == 0 and done < steps:
-            evaluate_and_show(
-                ema.module if ema else model, val_set, config, output, rank, world_size, device, amp_dtype
-            )
+            report()
             clock, images = time.perf_counter(), 0
     if log:
         log.close()
-    evaluate_and_show(ema.module if ema else model, val_set, config, output, rank, world_size, device, amp_dtype)
+    report()
 
 
 # ---- what the loop is made of, in the order of its use
 
 
 def run_folder(config: TrainConfig, rank: int) -> Path:
-    """The folder of the run: the given one, or runs/<preset>, runs/<preset>-2, …: the newest to resume, the next else."""
+    """The folder of the run: the given one, or of runs/<preset>, runs/<preset>-2, … the newest or the next."""
     if config.output is not None:
         folder = config.output
         if not config.resume and (folder / "checkpoints").exists() and rank == 0:
@@ -404,18 +406,13 @@ def read_lines(path: Path) -> list[str]:
 
 def describe_bad_step(step: int, config: TrainConfig, sampler: TrainSampler, dataset: CocoDataset) -> str:
     """What a person needs to look into a loss that is not finite."""
-    first = TrainSampler(
-        sampler.num_samples,
-        sampler.batch_size,
-        sampler.seed,
-        start_step=step * config.accumulate,
-        groups=sampler.groups,
-    )
-    keys = [key for _, batch in zip(range(config.accumulate), first, strict=False) for key in batch]
+    start = step * config.accumulate
+    again = TrainSampler(len(dataset), sampler.batch_size, config.seed, start_step=start, groups=sampler.groups)
+    keys = [key for batch in islice(again, config.accumulate) for key in batch]
     ids = ", ".join(str(dataset.image_ids[index]) for index, _ in keys)
     return (
-        f"the loss of step {step + 1} is not finite; its batch is of images {ids}. No checkpoint has been written since: "
-        "look at their annotations, or lower the learning rate, and continue with --resume"
+        f"the loss of step {step + 1} is not finite; its batch is of images {ids}. No checkpoint has been written "
+        "since: look at their annotations, or lower the learning rate, and continue with --resume"
     )
 
 
@@ -426,7 +423,7 @@ class Log:
         path = output / "log.jsonl"
         kept = [line for line in read_lines(path) if json.loads(line)["step"] <= start]  # later ones are repeated now
         path.write_text("".join(kept))
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
         self.board = SummaryWriter(output / "tensorboard", purge_step=start + 1)
         self.progress = Progress(
             TextColumn("{task.description}"),
