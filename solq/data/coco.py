@@ -63,7 +63,6 @@ class CocoDataset(Dataset):
         category_ids: COCO category id of each label.
         image_ids: (I,) int64.
         image_sizes: (I, 2) int64 height, width.
-        orientations: (I,) int64, 1 where an image is higher than wide.
         dropped: number of annotations left out, by reason.
         coco_json: the annotation file.
 
@@ -99,11 +98,6 @@ class CocoDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.image_ids)
-
-    @property
-    def orientations(self) -> NDArray[np.int64]:
-        """(I,) 1 where an image is higher than wide: groups for batches of little padding."""
-        return (self.image_sizes[:, 0] > self.image_sizes[:, 1]).astype(np.int64)
 
     def __getitem__(self, key: int | Key) -> tuple[Tensor, dict[str, Any]] | None:
         index, batch_seed = key if isinstance(key, tuple) else (key, 0)
@@ -162,6 +156,8 @@ class CocoDataset(Dataset):
             raise FileNotFoundError(f"{self.images} is not a folder: it should hold the images of {self.coco_json}")
         self.image_ids = np.array([image["id"] for image in images], np.int64)
         self.image_sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
+        if self.image_sizes.min() < 1:
+            raise ValueError(f"{self.coco_json} has images without height or width: write their sizes in pixels")
         if len(np.unique(self.image_ids)) < len(images):
             raise ValueError(f"{self.coco_json} gives several images the same id: give each its own")
         names = [str(image["file_name"]) for image in images]
@@ -257,7 +253,7 @@ def check_box(box: Any, height: int, width: int) -> None:
 def read_segmentation(segmentation: Any, height: int, width: int) -> list[Sequence[float]] | bytes:
     """Polygons as they are or the counts of a compressed RLE; a ValueError says why it can be neither."""
     if isinstance(segmentation, dict):
-        if list(segmentation.get("size", [])) != [height, width]:
+        if segmentation.get("size") != [height, width]:
             raise ValueError("the RLE's size is not the image's")
         counts = segmentation.get("counts")
         if isinstance(counts, str):
@@ -342,19 +338,22 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): download or export it again") from error
-    required = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("id", "image_id", "category_id"),
-        "categories": ("id", "name"),
+    required: dict[str, dict[str, type]] = {
+        "images": {"id": int, "file_name": str, "height": int, "width": int},
+        "annotations": {"id": int, "image_id": int, "category_id": int},
+        "categories": {"id": int, "name": str},
     }
     for key, entries in required.items():
         rows = content.get(key) if isinstance(content, dict) else None
         if not isinstance(rows, list):
             raise ValueError(f"{path} is not in COCO's format: it has no list '{key}'")
         for row in rows:
-            missing = [entry for entry in entries if not isinstance(row, dict) or entry not in row]
-            if missing:
-                raise ValueError(f"{path} is not in COCO's format: an entry of '{key}' has no '{missing[0]}'")
+            for entry, kind in entries.items():
+                if not isinstance(row, dict) or entry not in row:
+                    raise ValueError(f"{path} is not in COCO's format: an entry of '{key}' has no '{entry}'")
+                if not isinstance(row[entry], kind):
+                    given = f"'{entry}': {row[entry]!r}, which is not {'a number' if kind is int else 'text'}"
+                    raise ValueError(f"{path} is not in COCO's format: an entry of '{key}' has {given}")
     if not content["categories"]:
         raise ValueError(f"{path} has no categories: choose another file")
     return content
