@@ -178,10 +178,12 @@ def rasterize_polygons(
     x, y = start[edge].T
     slope = (end[edge, 0] - x) / (end[edge, 1] - y)
     column = np.clip(np.ceil(x + (row + 0.5 - y) * slope - 0.5), 0, size).astype(np.int64)
-    crossings = np.bincount((polygon[edge] * size + row) * (size + 1) + column, minlength=R * size * (size + 1))
-    inside = np.logical_xor.accumulate((crossings & 1).astype(bool).reshape(R, size, size + 1)[..., :size], axis=2)
+    # Rows lie innermost, so that the sums along a row are sums of whole columns.
+    inside = np.zeros((R, size + 1, size), dtype=np.uint8)
+    np.bitwise_xor.at(inside.reshape(-1), (polygon[edge] * (size + 1) + column) * size + row, np.uint8(1))
+    inside = np.bitwise_xor.accumulate(inside, axis=1)[:, :size]
     instances, first_polygons = np.unique(polygon_instances, return_index=True)
-    masks[instances] = np.logical_or.reduceat(inside, first_polygons)
+    masks[instances] = np.bitwise_or.reduceat(inside, first_polygons).transpose(0, 2, 1)
     return masks
 
 
