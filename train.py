@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 
-from solq.checkpoint import load_newest, save_checkpoint
+from solq.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from solq.config import Preset, TrainConfig, preset
 from solq.criterion import SetCriterion
 from solq.data import shapes
@@ -125,14 +125,19 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
     # ---- model
     torch.manual_seed(config.seed)
     model = SOLQ(replace(config.model, num_classes=train_set.num_classes))
-    if config.backbone_weights != "none" and state is None:
+    if state is None and config.init_weights is not None:
+        load_init_weights(model, config.init_weights)
+    elif state is None and config.backbone_weights != "none":
         load_backbone_weights(model.backbone, config.model.backbone, config.backbone_weights)
+    if config.freeze_detector:
+        freeze_detector(model)
     if config.mask_coding_weights is not None:
         model.mask_coding.load_state_dict(load_mask_coding(config.mask_coding_weights).state_dict())
     model.to(device)
     criterion = SetCriterion(
         HungarianMatcher(),
         model.mask_coding,
+        model.mask_head,
         vector_loss_weight=config.vector_loss_weight,
         vector_loss_start=config.vector_loss_start,
         decoder_layers=config.model.decoder_layers,
@@ -304,6 +309,28 @@ def datasets(config: TrainConfig, output: Path, is_main: bool) -> tuple[CocoData
     return train_set, val_set
 
 
+def load_init_weights(model: SOLQ, path: Path) -> None:
+    """Take over the weights of a checkpoint, whose mask branch may be another or none."""
+    weights, wanted = load_checkpoint(path)["model"], model.state_dict()
+    fitting = {key for key in weights.keys() & wanted.keys() if weights[key].shape == wanted[key].shape}
+    branch = ("vector_embed.", "mask_head.", "mask_coding.")
+    different = [key for key in (weights.keys() | wanted.keys()) - fitting if not key.startswith(branch)]
+    if different:
+        raise ValueError(
+            f"{path} does not fit this model: {len(different)} tensors are missing or of another shape, "
+            f"for example {min(different)}: use the --model settings and the classes that it was trained with"
+        )
+    model.load_state_dict({key: weights[key] for key in fitting}, strict=False)
+
+
+def freeze_detector(model: SOLQ) -> None:
+    """Leave only the separate mask branch to be trained."""
+    if model.mask_head is None:
+        raise ValueError("freeze_detector leaves nothing to train without --model.mask-branch separate")
+    model.requires_grad_(False)
+    model.mask_head.requires_grad_(True)
+
+
 def parameter_groups(model: SOLQ, config: TrainConfig) -> list[dict[str, Any]]:
     """Backbone, layers that place points, and all others, each with its learning rate."""
     groups: dict[str, list[nn.Parameter]] = {"backbone": [], "points": [], "others": []}
@@ -314,7 +341,7 @@ def parameter_groups(model: SOLQ, config: TrainConfig) -> list[dict[str, Any]]:
                 parameter
             )
     rates = {"backbone": config.lr_backbone, "points": config.lr_points, "others": config.lr}
-    return [{"params": parameters, "lr": rates[name]} for name, parameters in groups.items()]
+    return [{"params": parameters, "lr": rates[name]} for name, parameters in groups.items() if parameters]
 
 
 def lr_factor(step: int, config: TrainConfig, steps: int) -> float:

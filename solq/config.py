@@ -28,6 +28,8 @@ class ModelConfig:
     num_points: int = 4
     two_stage: bool = False
     """Queries from the encoder's best proposals instead of learned ones."""
+    mask_branch: Literal["unified", "separate", "none"] = "unified"
+    """Masks from the query's own vector (UQR), from attention maps and convolutions (SQR), or none (Table 2)."""
     mask_coding: Literal["dct", "pca", "sparse", "flat"] = "dct"
     num_coefficients: int | None = None
     """Length n of the mask vector; 256 unless given (Table 3e), 784 for the flat coding."""
@@ -70,6 +72,10 @@ class TrainConfig:
     """Continue the run in the output folder, exactly where its last checkpoint left it."""
     backbone_weights: str = "imagenet"
     """"imagenet" to download, the path of a file, or "none" to train from scratch."""
+    init_weights: Path | None = None
+    """Start from the weights of this checkpoint, for example a detector that is to get a separate mask branch."""
+    freeze_detector: bool = False
+    """Train the separate mask branch alone."""
     mask_coding_weights: Path | None = None
     """A fitted PCA or sparse coding, from `solq fit-coding`."""
 

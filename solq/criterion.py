@@ -12,6 +12,7 @@ from solq.data.batch import PackedTargets
 from solq.matcher import HungarianMatcher
 from solq.models.mask_coding import MaskCoding
 from solq.models.solq import Outputs
+from solq.models.sqr import SeparateMaskHead
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al., 2017)
 
@@ -25,6 +26,7 @@ class SetCriterion(nn.Module):
     Args:
         matcher: assigns one query to each target.
         mask_coding: turns target masks into the vectors that are regressed.
+        mask_head: of a model with a separate mask branch.
         vector_loss_weight: λ_vec, multiplied into ``loss_vector`` (Table 3b).
         vector_loss_start: first decoder layer with a vector loss (Table 3c; 0 is all layers).
         decoder_layers: how many the outputs have.
@@ -37,6 +39,7 @@ class SetCriterion(nn.Module):
         self,
         matcher: HungarianMatcher,
         mask_coding: MaskCoding,
+        mask_head: SeparateMaskHead | None = None,
         *,
         vector_loss_weight: float = 3.0,
         vector_loss_start: int = 0,
@@ -45,11 +48,13 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.matcher = matcher
         self.mask_coding = mask_coding
+        self.mask_head = mask_head
         self.vector_loss_weight = vector_loss_weight
         self.vector_loss_start = vector_loss_start
         weights = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0, "loss_vector": 1.0}
         suffixes = ["", *(f"_{layer}" for layer in range(decoder_layers - 1)), "_enc"]
         self.weight_dict = {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
+        self.weight_dict |= {"loss_mask": 1.0, "loss_dice": 1.0}
 
     def forward(
         self,
@@ -68,21 +73,20 @@ class SetCriterion(nn.Module):
 
         Returns:
             Scalars ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``loss_vector`` of the last layer, the same with
-            ``_0``, ``_1``, … for the earlier ones, and with ``_enc`` for the proposals of two stages.
+            ``_0``, ``_1``, … for the earlier ones, and with ``_enc`` for the proposals of two stages; ``loss_mask``
+            and ``loss_dice`` of a separate mask branch.
         """
         if isinstance(targets, list):
             targets = PackedTargets.pack(targets).to(outputs["pred_logits"].device)
         if num_boxes is None:
             num_boxes = self.count_boxes([targets], outputs["pred_logits"].shape[1])
         layers = [*outputs["aux_outputs"], outputs]
-        logits, boxes, vectors = (
-            torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes", "pred_vectors")
-        )
-        target_vectors = self.mask_coding.encode(targets.masks)  # once for all layers
-
+        logits, boxes = (torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes"))
         queries = self.matcher.match(logits, boxes, targets.labels, targets.boxes, targets.offsets)
         losses = self._detection_losses(logits, boxes, queries, targets.labels, targets, num_boxes[0])
-        losses["loss_vector"] = self._vector_loss(vectors, queries, target_vectors, targets, num_boxes[1])
+        if "pred_vectors" in outputs:
+            vectors = torch.stack([layer["pred_vectors"] for layer in layers])
+            losses["loss_vector"] = self._vector_loss(vectors, queries, targets, num_boxes[1])
 
         last = len(layers) - 1
         named = {}
@@ -91,6 +95,8 @@ class SetCriterion(nn.Module):
                 if name == "loss_vector" and layer < self.vector_loss_start:
                     continue
                 named[name if layer == last else f"{name}_{layer}"] = loss
+        if "mask_features" in outputs:
+            named |= self._mask_losses(outputs["mask_features"], queries[-1], targets, num_boxes[0])
         if "enc_outputs" in outputs:
             # Proposals are told apart from background only: every target is of class 0.
             logits, boxes = (outputs["enc_outputs"][key][None] for key in ("pred_logits", "pred_boxes"))
@@ -131,15 +137,24 @@ class SetCriterion(nn.Module):
             "loss_giou": (giou * matched).sum(1) / num_boxes,
         }
 
-    def _vector_loss(
-        self, vectors: Tensor, queries: Tensor, target_vectors: Tensor, targets: PackedTargets, num_matched: Tensor
-    ) -> Tensor:
+    def _vector_loss(self, vectors: Tensor, queries: Tensor, targets: PackedTargets, num_matched: Tensor) -> Tensor:
         """The mean (L,) over matched pairs of the coding's own loss, times λ_vec."""
+        target_vectors = self.mask_coding.encode(targets.masks)  # once for all layers
         layer, image_index = _layer_and_image(queries, targets)
         matched_vectors = vectors[layer, image_index, queries.clamp(min=0)]
         loss = self.mask_coding.loss(matched_vectors.flatten(0, 1), target_vectors.repeat(len(vectors), 1))
         loss = loss.view(queries.shape) * (queries >= 0)
         return self.vector_loss_weight * loss.sum(1) / num_matched
+
+    def _mask_losses(
+        self, mask_features: dict[str, Tensor], queries: Tensor, targets: PackedTargets, num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        """Focal and dice loss of the separate mask branch, which has masks of the last layer only."""
+        assert self.mask_head is not None
+        _, image_index = _layer_and_image(queries[None], targets)
+        logits = self.mask_head.mask_logits(mask_features, image_index, queries.clamp(min=0))
+        losses = self.mask_head.loss(logits, targets.masks, targets.boxes, targets.sizes[image_index])
+        return {name: (loss * (queries >= 0)).sum() / num_boxes for name, loss in losses.items()}
 
     @staticmethod
     def count_boxes(targets: Sequence[PackedTargets], num_queries: int) -> Tensor:

@@ -18,12 +18,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.table import Table
-from torch import nn
 from torchvision.ops import box_convert
 
 from solq.data.batch import Batch, normalize
 from solq.data.coco import read_segmentation
-from solq.postprocess import Detections, postprocess
+from solq.models.solq import SOLQ
+from solq.postprocess import Detections
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class CocoEvaluator:
 
 
 def evaluate(
-    model: nn.Module,
+    model: SOLQ,
     loader: Iterable[Batch | None],
     evaluator: CocoEvaluator,
     device: torch.device,
@@ -159,13 +159,13 @@ def evaluate(
     """Run `model` over `loader` and pass its detections to `evaluator`, gathered over all processes.
 
     Args:
-        model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `mask_coding` decodes the vectors. Not wrapped
+        model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `postprocess` makes detections of the
+            outputs. Not wrapped
             in DistributedDataParallel: processes may have different numbers of batches.
         autocast_dtype: of the model's forward; None computes in the type of its weights.
         top_k: detections kept per image.
         progress: called after every batch with the number of its images.
     """
-    mask_coding: Any = model.mask_coding
     was_training = model.training
     model.eval()
     try:
@@ -179,7 +179,7 @@ def evaluate(
                 torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
             ):
                 outputs = model(normalize(images, padding_mask), padding_mask)
-            detections = postprocess(outputs, batch.targets.orig_sizes, mask_coding.decode_paste, top_k)
+            detections = model.postprocess(outputs, batch.targets.orig_sizes, top_k)
             evaluator.update(batch.targets.image_ids.tolist(), detections)
             if progress is not None:
                 progress(len(detections))

@@ -10,7 +10,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_convert
 
-DecodePaste = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
+# Outputs, an image of the batch, queries (K,), their boxes (K, 4) in pixels, (H, W) to masks (K, H, W) bool.
+DecodeMasks = Callable[[Mapping[str, Any], int, Tensor, Tensor, tuple[int, int]], Tensor]
 
 MASK_PIXELS = 2**27  # decoded at once: 100 masks of an image up to 1,300,000 pixels, half a gigabyte as float32
 
@@ -71,13 +72,20 @@ class Detections:
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """Masks (K, H, W) bool as COCO's compressed run lengths: dicts of `size` [H, W] and `counts`, a str.
-
-    The ends of the runs are found on the masks' device, so that only they are copied to the host.
-    """
-    K, H, W = masks.shape
-    if K == 0:
+    """Masks (K, H, W) bool as COCO's compressed run lengths: dicts of `size` [H, W] and `counts`, a str."""
+    if len(masks) == 0:
         return []
+    if masks.is_cuda:
+        encoded = _encode_runs(masks)
+    else:
+        by_column = masks.transpose(1, 2).contiguous().numpy().view(np.uint8)
+        encoded = coco_mask.encode(by_column.transpose(2, 1, 0))  # (H, W, K) in the order that pycocotools wants
+    return [rle | {"counts": rle["counts"].decode()} for rle in encoded]
+
+
+def _encode_runs(masks: Tensor) -> list[dict[str, Any]]:
+    """The same on the masks' device up to the ends of the runs, so that only they are copied to the host."""
+    K, H, W = masks.shape
     pixels = masks.transpose(1, 2).reshape(K, H * W)  # COCO's runs go down the columns, beginning with zeros
     changes = torch.cat([pixels[:, :1], pixels[:, 1:] ^ pixels[:, :-1]], dim=1)
     mask_index, position = changes.nonzero(as_tuple=True)
@@ -86,14 +94,14 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
         {"size": [H, W], "counts": np.diff(of_mask, prepend=0, append=H * W)}
         for of_mask in np.split(position.cpu().numpy(), ends[:-1])
     ]
-    return [rle | {"counts": rle["counts"].decode()} for rle in coco_mask.frPyObjects(runs, H, W)]
+    return coco_mask.frPyObjects(runs, H, W)
 
 
 @torch.no_grad()
 def postprocess(
     outputs: Mapping[str, Any],
     orig_sizes: Tensor,
-    decode_paste: DecodePaste | None,
+    decode_masks: DecodeMasks | None,
     top_k: int = 100,
     score_threshold: float = 0.0,
 ) -> list[Detections]:
@@ -101,10 +109,9 @@ def postprocess(
 
     Args:
         outputs: pred_logits (B, Q, C), pred_boxes (B, Q, 4) as cx cy w h in 0..1 of the image without its padding,
-            pred_vectors (B, Q, n) where masks are wanted; others are left alone.
+            and what `decode_masks` reads; others are left alone.
         orig_sizes: (B, 2) int, H and W of the images on disk.
-        decode_paste: of the model's mask coding: vectors (K, n), boxes (K, 4) in pixels and (H, W) to masks
-            (K, H, W) bool. None for no masks.
+        decode_masks: of the model, see :meth:`solq.models.solq.SOLQ.decode_masks`; None for no masks.
         top_k: the most detections of an image; a query may be among them with several classes.
         score_threshold: detections of a lower score are dropped before their masks are decoded.
     """
@@ -121,16 +128,11 @@ def postprocess(
         kept = scores[image] >= score_threshold
         query, label = order[image, kept] // C, order[image, kept] % C
         masks = None
-        if decode_paste is not None:
+        if decode_masks is not None:
             decoded, of_detection = query.unique(return_inverse=True)  # each query's mask once
-            masks = _decode(decode_paste, outputs["pred_vectors"][image, decoded], boxes[image, decoded], (H, W))
-            masks = masks[of_detection]
+            part = max(1, MASK_PIXELS // (H * W))  # the intermediate masks of a huge image have to fit in memory
+            masks = torch.cat(
+                [decode_masks(outputs, image, some, boxes[image, some], (H, W)) for some in decoded.split(part)]
+            )[of_detection]
         detections.append(Detections(boxes[image, query], scores[image, kept], label, masks))
     return detections
-
-
-def _decode(decode_paste: DecodePaste, vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """`decode_paste` in parts, so that the intermediate masks of a huge image fit in memory."""
-    part = max(1, MASK_PIXELS // (image_size[0] * image_size[1]))
-    parts = [decode_paste(v, b, image_size) for v, b in zip(vectors.split(part), boxes.split(part), strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -3,12 +3,11 @@
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
@@ -17,7 +16,8 @@ from solq.data.batch import normalize
 from solq.data.coco import CocoDataset, read_image
 from solq.evaluation import CocoEvaluator
 from solq.kernels.reference import paste_masks
-from solq.postprocess import Detections, postprocess
+from solq.models.solq import SOLQ
+from solq.postprocess import Detections
 
 LEGIBLE_SIDE = 480  # pixels: images with a shorter longer side are enlarged, so that names on them can be read
 FONT_SIZE = 13
@@ -189,7 +189,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 @torch.no_grad()
 def draw_predictions(
-    model: nn.Module,
+    model: SOLQ,
     dataset: CocoDataset,
     path: Path,
     device: torch.device,
@@ -206,7 +206,6 @@ def draw_predictions(
         count: how many images with objects are drawn.
         threshold: predictions of a lower score are not drawn.
     """
-    mask_coding: Any = model.mask_coding
     rows = []
     for sample in (dataset[index] for index in range(len(dataset))):
         if len(rows) == count:
@@ -217,7 +216,7 @@ def draw_predictions(
         _, height, width = image.shape
         images, padding_mask = image[None].to(device), torch.zeros(1, height, width, dtype=torch.bool, device=device)
         outputs = model(normalize(images, padding_mask), padding_mask)
-        predictions = postprocess(outputs, target["size"][None], mask_coding.decode_paste, score_threshold=threshold)
+        predictions = model.postprocess(outputs, target["size"][None], score_threshold=threshold)
         boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
         masks = paste_masks(target["masks"], boxes, (height, width))
         truth = Detections(boxes, torch.ones(len(boxes)), target["labels"], masks)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from solq.data.batch import collate
 from solq.evaluation import METRICS, CocoEvaluator, class_table, evaluate, load_ground_truth, table
-from solq.postprocess import Detections
+from solq.postprocess import Detections, postprocess
 
 H, W = 80, 120
 CATEGORIES = [3, 7, 90]  # with gaps, as in COCO
@@ -299,6 +298,21 @@ def test_objects_without_a_mask_count_for_boxes_only(tmp_path):
     assert metrics["box/AP/cat"] < 0.6
 
 
+def test_annotations_with_neither_box_nor_mask_are_reported(tmp_path, caplog):
+    truth = dataset()
+    truth["annotations"][1] |= {"bbox": [], "segmentation": [[1, 2]]}
+    loaded = load_ground_truth(write(tmp_path, truth))
+    assert len(loaded["annotations"]) == len(truth["annotations"]) - 1
+    assert "1 annotations have neither box nor mask (ids [2]" in caplog.text
+
+
+def test_a_missing_box_is_that_of_the_mask(tmp_path):
+    truth = dataset()
+    for entry in truth["annotations"]:
+        entry["bbox"] = []
+    assert evaluator_of(write(tmp_path, truth)).summarize()["box/AP"] == pytest.approx(1)
+
+
 def test_average_precision_per_class(tmp_path):
     path = write(tmp_path, dataset())
     evaluator = CocoEvaluator(path, CATEGORIES, boundary=True)
@@ -353,7 +367,7 @@ def test_annotation_files_that_are_none(tmp_path):
         CocoEvaluator(tmp_path / "annotations.json", CATEGORIES)
     stray = dataset()
     stray["annotations"][1]["image_id"] = 99
-    with pytest.raises(ValueError, match=r"annotations.json: annotation 2 is not usable: KeyError\(99\)"):
+    with pytest.raises(ValueError, match=r"annotations.json: annotation 2 is of image 99, which is not among"):
         CocoEvaluator(write(tmp_path, stray), CATEGORIES)
 
 
@@ -362,7 +376,6 @@ class Oracle(nn.Module):
 
     def __init__(self, image_ids: list[int]) -> None:
         super().__init__()
-        self.mask_coding = SimpleNamespace(decode_paste=lambda vectors, boxes, image_size: rectangles(boxes.round()))
         self.answers = iter(image_ids)
         self.calls: list[tuple[torch.dtype, bool, torch.dtype]] = []
         self.linear = nn.Linear(1, 1)
@@ -379,7 +392,10 @@ class Oracle(nn.Module):
                 logits[image, query, label] = score.logit()
                 x0, y0, x1, y1 = (box / torch.tensor([W, H, W, H])).tolist()
                 boxes[image, query] = torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
-        return {"pred_logits": logits, "pred_boxes": boxes, "pred_vectors": torch.zeros(B, Q, 1)}
+        return {"pred_logits": logits, "pred_boxes": boxes}
+
+    def postprocess(self, outputs: dict, orig_sizes: Tensor, top_k: int) -> list[Detections]:
+        return postprocess(outputs, orig_sizes, lambda outputs, i, q, boxes, size: rectangles(boxes.round()), top_k)
 
 
 def sample(image_id: int, size: tuple[int, int]) -> tuple[Tensor, dict]:

@@ -1,7 +1,7 @@
 """Outputs to detections, against a computation in plain Python of one detection at a time."""
 
 import math
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from solq import postprocess as postprocess_module
 from solq.kernels import crop_dct_encode, dct_decode_paste
-from solq.postprocess import Detections, encode_masks, postprocess
+from solq.postprocess import Detections, _encode_runs, encode_masks, postprocess
 
-decode_paste = partial(dct_decode_paste, size=32)
+
+def decode_masks(outputs: dict, image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """As a model does that codes masks of 32×32 by their DCT."""
+    return dct_decode_paste(outputs["pred_vectors"][image, queries], boxes, image_size, size=32)
 
 
 def random_outputs(B: int = 2, Q: int = 7, C: int = 4, n: int = 40, seed: int = 0) -> dict[str, Tensor]:
@@ -30,7 +33,7 @@ def test_against_one_detection_at_a_time(top_k):
     outputs = random_outputs()
     sizes = [(37, 61), (90, 24)]
     for image, ((H, W), detections) in enumerate(
-        zip(sizes, postprocess(outputs, torch.tensor(sizes), decode_paste, top_k), strict=True)
+        zip(sizes, postprocess(outputs, torch.tensor(sizes), decode_masks, top_k), strict=True)
     ):
         pairs = [
             (1 / (1 + math.exp(-logit)), query, label)
@@ -47,7 +50,7 @@ def test_against_one_detection_at_a_time(top_k):
             expected = [(cx - w / 2) * W, (cy - h / 2) * H, (cx + w / 2) * W, (cy + h / 2) * H]
             assert box.tolist() == pytest.approx(expected, abs=1e-4)
             vector = outputs["pred_vectors"][image, query][None]
-            assert torch.equal(mask, decode_paste(vector, box[None], (H, W))[0])
+            assert torch.equal(mask, dct_decode_paste(vector, box[None], (H, W), size=32)[0])
 
 
 def test_a_mask_comes_back_from_its_own_vector():
@@ -61,7 +64,11 @@ def test_a_mask_comes_back_from_its_own_vector():
         "pred_boxes": torch.tensor([[[45 / W, 30 / H, 50 / W, 36 / H], [0.5, 0.5, 0.1, 0.1]]]),
         "pred_vectors": crop_dct_encode(mask[None].repeat(2, 1, 1), box.repeat(2, 1))[None],
     }
-    (detections,) = postprocess(outputs, torch.tensor([[H, W]]), dct_decode_paste, score_threshold=0.5)
+
+    def decode_128(outputs: dict, image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+        return dct_decode_paste(outputs["pred_vectors"][image, queries], boxes, image_size)
+
+    (detections,) = postprocess(outputs, torch.tensor([[H, W]]), decode_128, score_threshold=0.5)
     assert detections.labels.tolist() == [1]
     torch.testing.assert_close(detections.boxes[0], box)
     overlap = (detections.masks[0] & mask).sum() / (detections.masks[0] | mask).sum()
@@ -72,9 +79,9 @@ def test_each_query_is_decoded_once():
     outputs = random_outputs(B=1, Q=3, C=5)
     decoded = []
 
-    def counting(vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-        decoded.append(len(vectors))
-        return decode_paste(vectors, boxes, image_size)
+    def counting(outputs: dict, image: int, queries: Tensor, *rest: Any) -> Tensor:
+        decoded.append(len(queries))
+        return decode_masks(outputs, image, queries, *rest)
 
     (detections,) = postprocess(outputs, torch.tensor([[20, 30]]), counting)
     assert len(detections) == 15
@@ -83,17 +90,17 @@ def test_each_query_is_decoded_once():
 
 def test_huge_images_are_decoded_in_parts(monkeypatch):
     outputs, sizes = random_outputs(), torch.tensor([[40, 50], [31, 17]])
-    whole = postprocess(outputs, sizes, decode_paste)
+    whole = postprocess(outputs, sizes, decode_masks)
     monkeypatch.setattr(postprocess_module, "MASK_PIXELS", 3 * 40 * 50)
-    for expected, parts in zip(whole, postprocess(outputs, sizes, decode_paste), strict=True):
+    for expected, parts in zip(whole, postprocess(outputs, sizes, decode_masks), strict=True):
         assert torch.equal(parts.masks, expected.masks)
 
 
 def test_threshold_and_none():
     outputs, sizes = random_outputs(), torch.tensor([[40, 50], [31, 17]])
     for everything, some in zip(
-        postprocess(outputs, sizes, decode_paste),
-        postprocess(outputs, sizes, decode_paste, score_threshold=0.8),
+        postprocess(outputs, sizes, decode_masks),
+        postprocess(outputs, sizes, decode_masks, score_threshold=0.8),
         strict=True,
     ):
         kept = int((everything.scores >= 0.8).sum())
@@ -101,7 +108,7 @@ def test_threshold_and_none():
         assert torch.equal(some.boxes, everything.boxes[:kept])
         assert torch.equal(some.masks, everything.masks[:kept])
     for detections, (H, W) in zip(
-        postprocess(outputs, sizes, decode_paste, score_threshold=1.1), sizes.tolist(), strict=True
+        postprocess(outputs, sizes, decode_masks, score_threshold=1.1), sizes.tolist(), strict=True
     ):
         assert len(detections) == 0
         assert detections.masks.shape == (0, H, W)
@@ -120,13 +127,13 @@ def test_without_masks():
 
 def test_half_precision_outputs_give_float32_boxes():
     outputs = {key: value.bfloat16() for key, value in random_outputs().items()}
-    detections = postprocess(outputs, torch.tensor([[40, 50], [31, 17]]), decode_paste)[0]
+    detections = postprocess(outputs, torch.tensor([[40, 50], [31, 17]]), decode_masks)[0]
     assert detections.boxes.dtype == detections.scores.dtype == torch.float32
 
 
 def test_sizes_of_another_batch_are_an_error():
     with pytest.raises(ValueError, match="orig_sizes has 1 images but the outputs have 2"):
-        postprocess(random_outputs(), torch.tensor([[40, 50]]), decode_paste)
+        postprocess(random_outputs(), torch.tensor([[40, 50]]), decode_masks)
 
 
 @pytest.mark.parametrize("shape", [(6, 31, 47), (3, 1, 9), (3, 9, 1), (2, 1, 1)])
@@ -135,6 +142,7 @@ def test_run_lengths_are_those_of_pycocotools(shape):
     masks[0], masks[1] = False, True
     encoded = encode_masks(masks)
     expected = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+    assert _encode_runs(masks) == expected
     assert [rle["counts"] for rle in encoded] == [rle["counts"].decode() for rle in expected]
     assert torch.equal(torch.from_numpy(coco_mask.decode(encoded)).permute(2, 0, 1).bool(), masks)
 

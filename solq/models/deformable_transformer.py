@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class MLP(nn.Module):
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
         super().__init__()
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -220,9 +221,7 @@ class DeformableTransformer(nn.Module):
         pixel_references = centres[:, :, None] * valid_ratios[:, None]
         memory = src
         for layer in self.encoder.layers:
-            memory = self._run(
-                layer, memory, pos, pixel_references, spatial_shapes, level_start_index, padding_mask
-            )
+            memory = self._run(layer, memory, pos, pixel_references, spatial_shapes, level_start_index, padding_mask)
 
         proposal_logits = proposal_boxes = None
         if self.two_stage:

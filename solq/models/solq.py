@@ -11,6 +11,8 @@ from solq.config import ModelConfig
 from solq.models.backbone import build_backbone
 from solq.models.deformable_transformer import MLP, DeformableTransformer
 from solq.models.mask_coding import build_mask_coding
+from solq.models.sqr import SeparateMaskHead
+from solq.postprocess import Detections, postprocess
 
 Outputs = dict[str, Tensor | list[dict[str, Tensor]] | dict[str, Tensor]]
 
@@ -52,7 +54,12 @@ class SOLQ(nn.Module):
         heads = config.decoder_layers + config.two_stage  # in two stages the last one scores the proposals
         self.class_embed = _clones(nn.Linear(width, config.num_classes), heads)
         self.bbox_embed = _clones(MLP(width, width, 4, 3), heads)
-        self.vector_embed = MLP(width, config.vector_hidden, self.mask_coding.num_coefficients, 3)
+        self.vector_embed = None
+        self.mask_head = None
+        if config.mask_branch == "unified":
+            self.vector_embed = MLP(width, config.vector_hidden, self.mask_coding.num_coefficients, 3)
+        elif config.mask_branch == "separate":
+            self.mask_head = SeparateMaskHead(width, config.num_heads, channels[:2])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -62,10 +69,11 @@ class SOLQ(nn.Module):
             nn.init.zeros_(projection[0].bias)
         for head in self.class_embed:
             nn.init.constant_(head.bias, -math.log(99))  # every class starts with probability 0.01
-        for head in [*self.bbox_embed, self.vector_embed]:
+        for head in [*self.bbox_embed, *([self.vector_embed] if self.vector_embed else [])]:
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
-        nn.init.constant_(self.vector_embed.layers[-1].bias[2:], -2.0)
+        if self.vector_embed:
+            nn.init.constant_(self.vector_embed.layers[-1].bias[2:], -2.0)
         if not self.config.two_stage:
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
 
@@ -79,28 +87,60 @@ class SOLQ(nn.Module):
         Returns:
             ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4) cx cy w h in 0..1 of each image without its padding,
             ``pred_vectors`` (B, Q, n), all float32; ``aux_outputs``, a list of the same dicts for the earlier decoder
-            layers; in two stages ``enc_outputs``, logits (B, S, C) and boxes (B, S, 4) of the proposals.
+            layers; in two stages ``enc_outputs``, logits (B, S, C) and boxes (B, S, 4) of the proposals; with a
+            separate mask branch ``mask_features`` instead of the vectors.
         """
-        features = self._features(images)
+        maps = self.backbone(images)
+        features = self._project(maps)
         masks = [F.interpolate(padding_mask[None].float(), size=f.shape[-2:])[0].bool() for f in features]
         query_embed = None if self.query_embed is None else self.query_embed.weight
         out = self.transformer(features, masks, query_embed, self.class_embed, self.bbox_embed)
         layers = [
-            {
-                "pred_logits": class_head(hidden).float(),
-                "pred_boxes": boxes,
-                "pred_vectors": self.vector_embed(hidden).float(),
-            }
+            {"pred_logits": class_head(hidden).float(), "pred_boxes": boxes}
             for hidden, boxes, class_head in zip(out.hidden_states, out.pred_boxes, self.class_embed, strict=False)
         ]
+        if self.vector_embed:
+            for layer, hidden in zip(layers, out.hidden_states, strict=True):
+                layer["pred_vectors"] = self.vector_embed(hidden).float()
         outputs: Outputs = {**layers[-1], "aux_outputs": layers[:-1]}
         if self.config.two_stage:
             outputs["enc_outputs"] = {"pred_logits": out.proposal_logits, "pred_boxes": out.proposal_boxes}
+        if self.mask_head:
+            prepared = self.mask_head(out.hidden_states[-1], out.memory, out.padding_mask, out.spatial_shapes, maps[:2])
+            sizes = torch.stack([(~padding_mask).any(2).sum(1), (~padding_mask).any(1).sum(1)], dim=1)
+            outputs["mask_features"] = {**prepared, "sizes": sizes}
         return outputs
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        """The L levels (B, width, h, w) that the transformer reads."""
-        maps = self.backbone(images)
+    def decode_masks(
+        self, outputs: Outputs, image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        """The masks of some queries of one image.
+
+        Args:
+            outputs: of `forward`.
+            image: which of the batch.
+            queries: (K,) int64.
+            boxes: (K, 4), theirs, x0 y0 x1 y1 in pixels of the image to draw on.
+            image_size: H and W of that image.
+
+        Returns:
+            (K, H, W) bool.
+        """
+        if self.mask_head:
+            features = outputs["mask_features"]
+            logits = self.mask_head.mask_logits(features, torch.full_like(queries, image), queries)
+            return self.mask_head.masks(logits, boxes, features["sizes"][image], image_size)
+        return self.mask_coding.decode_paste(outputs["pred_vectors"][image, queries], boxes, image_size)
+
+    def postprocess(
+        self, outputs: Outputs, orig_sizes: Tensor, top_k: int = 100, score_threshold: float = 0.0
+    ) -> list[Detections]:
+        """Detections, with masks if the model predicts any; see :func:`solq.postprocess.postprocess`."""
+        decode_masks = None if self.config.mask_branch == "none" else self.decode_masks
+        return postprocess(outputs, orig_sizes, decode_masks, top_k, score_threshold)
+
+    def _project(self, maps: list[Tensor]) -> list[Tensor]:
+        """The L levels (B, width, h, w) that the transformer reads, from the backbone's features."""
         levels = [projection(x) for projection, x in zip(self.input_proj, maps, strict=False)]
         for projection in self.input_proj[len(maps) :]:
             levels.append(projection(maps[-1] if len(levels) == len(maps) else levels[-1]))
