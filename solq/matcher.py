@@ -22,11 +22,11 @@ class HungarianMatcher(nn.Module):
         alpha, gamma: of the focal-style class cost.
 
     Attributes:
-        non_finite_costs: how many costs of the last call were NaN or infinite, a device tensor of shape (): healthy
-            training has 0. Reading its value waits for the device, so do it where losses are logged.
+        non_finite_costs: how many costs were NaN or infinite in all calls so far, a device tensor () int64; 0 in a
+            healthy training. Reading its value waits for the device, so do it where losses are logged.
     """
 
-    non_finite_costs: Tensor | None
+    non_finite_costs: Tensor
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class HungarianMatcher(nn.Module):
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.class_cost: ClassCost = class_cost
         self.alpha, self.gamma = alpha, gamma
-        self.non_finite_costs = None
+        self.register_buffer("non_finite_costs", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def match(
@@ -77,7 +77,9 @@ class HungarianMatcher(nn.Module):
             class_cost=self.class_cost,
         )
         queries, non_finite = linear_assignment(cost, target_offsets, return_non_finite=True)
-        self.non_finite_costs = non_finite.sum()
+        if self.non_finite_costs.device != cost.device:  # DETR's matcher needs no moving, so neither does this one
+            self.non_finite_costs = self.non_finite_costs.to(cost.device, non_blocking=True)
+        self.non_finite_costs += non_finite.sum()
         return queries
 
     @torch.no_grad()

@@ -16,8 +16,9 @@ The arithmetic is float64, as SciPy's: both find the same indices, exact ties ap
 which hides behind the read of the row.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import triton
@@ -25,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solq.kernels import reference
-from solq.kernels.matching_cost import check_offsets
+from solq.kernels.matching_cost import check_offset_values, check_offsets, values_are_known
 from solq.kernels.runtime import backend_for
 
 
@@ -115,6 +116,11 @@ def _linear_assignment_kernel(
     tl.store(assignment_ptr + row_of, lane.to(tl.int64), mask=row_of >= 0)
 
 
+def _num_warps(block: int) -> int:
+    """Eight lanes per thread: what is known of them fits the registers, and a reduction spans few warps."""
+    return min(max(1, block // 256), 16)
+
+
 def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
     L, T, Q = cost.shape
     B = len(target_offsets) - 1
@@ -130,32 +136,35 @@ def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tens
             T,
             Q,
             BLOCK=block,
-            num_warps=max(1, block // 256),
+            num_warps=_num_warps(block),
         )
     return assignment, non_finite
 
 
 def _solve_on_host(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """SciPy: all layers in one copy to the host and one wait, then a thread per layer."""
-    host_cost = cost.to("cpu", non_blocking=True)  # into pinned memory
-    host_offsets = target_offsets.to("cpu", non_blocking=True)
-    if cost.is_cuda:
-        torch.cuda.current_stream(cost.device).synchronize()
-    check_offsets(host_offsets, cost.shape[1])
+    """SciPy. For a GPU's tensors: all layers in one copy to the host and one wait, then a thread per layer."""
     if not cost.is_cuda:
-        return reference.linear_assignment(host_cost, host_offsets, return_non_finite=True)
+        return reference.linear_assignment(cost, target_offsets, return_non_finite=True)
+    host_cost = cost.to("cpu", non_blocking=True)  # pinned memory
+    host_offsets = target_offsets.to("cpu", non_blocking=True)
+    torch.cuda.current_stream(cost.device).synchronize()
+
+    def solve(layer_cost: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.linear_assignment(layer_cost[None], host_offsets, return_non_finite=True)
+
     with ThreadPoolExecutor() as threads:
-        solved = list(
-            threads.map(
-                lambda layer: reference.linear_assignment(layer[None], host_offsets, return_non_finite=True), host_cost
-            )
-        )
-    return tuple(torch.cat(parts).to(cost.device, non_blocking=True) for parts in zip(*solved, strict=True))
+        assignment, non_finite = zip(*threads.map(solve, host_cost), strict=True)
+    return (
+        torch.cat(assignment).to(cost.device, non_blocking=True),
+        torch.cat(non_finite).to(cost.device, non_blocking=True),
+    )
 
 
 @torch.library.custom_op("solq::linear_assignment", mutates_args=())
 def _linear_assignment(cost: Tensor, target_offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    solve = _solve_on_host if backend == "reference" else _solve_on_device
+    if values_are_known(target_offsets):
+        check_offset_values(target_offsets, cost.shape[1])
+    solve = _solve_on_device if backend == "triton" else _solve_on_host
     return solve(cost, target_offsets)
 
 
@@ -205,6 +214,22 @@ def linear_assignment(
         raise ValueError(f"cost is {cost.dtype}, must be a floating-point tensor")
     if target_offsets.device != cost.device:
         raise ValueError(f"target_offsets is on {target_offsets.device} but cost on {cost.device}: move them together")
-    check_offsets(target_offsets, cost.shape[1])
+    check_offsets(target_offsets)
     assignment, non_finite = _linear_assignment(cost.detach(), target_offsets, backend_for(cost))
     return (assignment, non_finite) if return_non_finite else assignment
+
+
+def compile_cases() -> Iterator[tuple[Any, ...]]:
+    """For benchmarks/compile_report.py."""
+    signature = {
+        "cost_ptr": "*fp32",
+        "target_offsets_ptr": "*i64",
+        "assignment_ptr": "*i64",
+        "non_finite_ptr": "*i64",
+        "num_targets": "i32",
+        "num_queries": "i32",
+    }
+    pointers = [name for name in signature if name.endswith("_ptr")]
+    for block in (128, 512, 1024, 2048):
+        label = f"linear_assignment up to {block - 1} queries"
+        yield label, _linear_assignment_kernel, signature, {"BLOCK": block}, pointers, _num_warps(block), 3, {}

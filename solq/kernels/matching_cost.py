@@ -15,7 +15,9 @@ Degenerate boxes have finite costs: a negative width or height counts as zero in
 """
 
 import os
-from typing import Literal
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import triton
@@ -30,7 +32,7 @@ ClassCost = Literal["focal", "softmax"]
 # Labels and offsets on a GPU are only known to the GPU: looking at them makes the host wait, hence a debug flag.
 CHECK_ON_DEVICE = os.environ.get("SOLQ_DEBUG", "0") == "1"
 
-BLOCK_QUERIES = 256
+BLOCK_QUERIES, NUM_WARPS = 256, 4
 
 
 @triton.jit
@@ -134,6 +136,32 @@ def _matching_cost_kernel(
     tl.store(cost_ptr + (layer * num_targets + target) * num_queries + queries, cost, mask=mask)
 
 
+def values_are_known(tensor: Tensor) -> bool:
+    """Whether the host may look at the values of `tensor`: on a GPU only with SOLQ_DEBUG=1."""
+    return tensor.device.type == "cpu" or CHECK_ON_DEVICE
+
+
+def check_offsets(target_offsets: Tensor) -> None:
+    """Raise unless `target_offsets` can be (B+1,) integers."""
+    if target_offsets.ndim != 1 or len(target_offsets) == 0 or target_offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"target_offsets is {target_offsets.dtype} of shape {tuple(target_offsets.shape)}, "
+            "must be int64 or int32 of shape (B+1,)"
+        )
+
+
+def check_offset_values(target_offsets: Tensor, num_targets: int) -> None:
+    """Raise unless `target_offsets` start at 0, never decrease and end at `num_targets`. Makes the host wait."""
+    offsets = target_offsets.tolist()
+    if offsets[0] != 0 or offsets[-1] != num_targets:
+        raise ValueError(
+            f"target_offsets goes from {offsets[0]} to {offsets[-1]}, must go from 0 to the {num_targets} targets"
+        )
+    for start, end in pairwise(offsets):
+        if end < start:
+            raise ValueError(f"target_offsets must not decrease, but has {end} after {start}")
+
+
 @torch.library.custom_op("solq::matching_cost", mutates_args=())
 def _matching_cost(
     logits: Tensor,
@@ -147,9 +175,29 @@ def _matching_cost(
     alpha: float,
     gamma: float,
     class_cost: str,
+    backend: str,
 ) -> Tensor:
     L, B, Q, C = logits.shape
     T = len(target_labels)
+    if values_are_known(logits):
+        check_offset_values(target_offsets, T)
+        unknown = target_labels[(target_labels < 0) | (target_labels >= C)]
+        if len(unknown):
+            raise ValueError(f"target_labels has {unknown[0].item()}, must be in 0..{C - 1} as logits has {C} classes")
+    if backend == "reference":
+        return reference.matching_cost(
+            logits,
+            boxes,
+            target_labels,
+            target_boxes,
+            target_offsets,
+            cost_class=cost_class,
+            cost_bbox=cost_bbox,
+            cost_giou=cost_giou,
+            alpha=alpha,
+            gamma=gamma,
+            class_cost=class_cost,  # type: ignore[arg-type]  # a schema knows no Literal
+        )
     cost = logits.new_empty((L, T, Q), dtype=torch.float32)
     if cost.numel() == 0:
         return cost
@@ -176,7 +224,7 @@ def _matching_cost(
         SOFTMAX=softmax,
         BLOCK_IMAGES=triton.next_power_of_2(B),
         BLOCK_QUERIES=block_queries,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
     return cost
 
@@ -185,29 +233,6 @@ def _matching_cost(
 def _(logits, boxes, target_labels, target_boxes, target_offsets, *_) -> Tensor:
     L, _, Q, _ = logits.shape
     return logits.new_empty((L, target_labels.shape[0], Q), dtype=torch.float32)
-
-
-def values_are_known(tensor: Tensor) -> bool:
-    """Whether Python may look at the values of `tensor`: not while tracing, on a GPU only with SOLQ_DEBUG=1."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or CHECK_ON_DEVICE)
-
-
-def check_offsets(target_offsets: Tensor, num_targets: int) -> None:
-    """Raise unless `target_offsets` (B+1,) are integers that start at 0, never decrease and end at `num_targets`."""
-    if target_offsets.ndim != 1 or len(target_offsets) == 0 or target_offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"target_offsets is {target_offsets.dtype} of shape {tuple(target_offsets.shape)}, "
-            "must be int64 or int32 of shape (B+1,)"
-        )
-    if values_are_known(target_offsets):
-        offsets = target_offsets.tolist()
-        if offsets[0] != 0 or offsets[-1] != num_targets:
-            raise ValueError(
-                f"target_offsets goes from {offsets[0]} to {offsets[-1]}, must go from 0 to the {num_targets} targets"
-            )
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
-            if end < start:
-                raise ValueError(f"target_offsets must not decrease, but has {end} after {start}")
 
 
 def _check(
@@ -240,15 +265,9 @@ def _check(
     ):
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} but logits on {logits.device}: move them to one device")
-    check_offsets(target_offsets, T)
+    check_offsets(target_offsets)
     if len(target_offsets) != B + 1:
         raise ValueError(f"target_offsets has {len(target_offsets)} entries, must have {B + 1} for {B} images")
-    if T and values_are_known(target_labels):
-        low, high = target_labels.min().item(), target_labels.max().item()
-        if low < 0 or high >= C:
-            raise ValueError(
-                f"target_labels has {low if low < 0 else high}, must be in 0..{C - 1} as logits has {C} classes"
-            )
 
 
 def matching_cost(
@@ -282,30 +301,15 @@ def matching_cost(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit; if labels are outside the classes or offsets do not go
-            from 0 to T without decreasing. The last two are seen only where the values are at hand: on the CPU
-            outside torch.compile, and on a GPU with the environment variable SOLQ_DEBUG=1, which makes the host wait.
+            from 0 to T without decreasing. On a GPU the last two are seen only with the environment variable
+            SOLQ_DEBUG=1, which makes the host wait.
     """
     _check(logits, boxes, target_labels, target_boxes, target_offsets, class_cost)
-    logits, boxes, target_boxes = logits.detach(), boxes.detach(), target_boxes.detach()
-    if backend_for(logits) == "reference":
-        return reference.matching_cost(
-            logits,
-            boxes,
-            target_labels,
-            target_boxes,
-            target_offsets,
-            cost_class=cost_class,
-            cost_bbox=cost_bbox,
-            cost_giou=cost_giou,
-            alpha=alpha,
-            gamma=gamma,
-            class_cost=class_cost,
-        )
     return _matching_cost(
-        logits,
-        boxes,
+        logits.detach(),
+        boxes.detach(),
         target_labels,
-        target_boxes,
+        target_boxes.detach(),
         target_offsets,
         cost_class,
         cost_bbox,
@@ -313,4 +317,37 @@ def matching_cost(
         alpha,
         gamma,
         class_cost,
+        backend_for(logits),
     )
+
+
+def compile_cases() -> Iterator[tuple[Any, ...]]:
+    """For benchmarks/compile_report.py."""
+    for class_cost, dtype, gamma in (
+        ("focal", "fp32", 2.0),
+        ("focal", "bf16", 2.0),
+        ("focal", "fp16", 1.5),
+        ("softmax", "fp32", 2.0),
+        ("softmax", "bf16", 2.0),
+    ):
+        signature = {
+            "logits_ptr": f"*{dtype}",
+            "log_normalizer_ptr": "*fp32",
+            "boxes_ptr": f"*{dtype}",
+            "target_labels_ptr": "*i64",
+            "target_boxes_ptr": "*fp32",
+            "target_offsets_ptr": "*i64",
+            "cost_ptr": "*fp32",
+            **dict.fromkeys(("num_images", "num_queries", "num_classes", "num_targets"), "i32"),
+            **dict.fromkeys(("cost_class", "cost_bbox", "cost_giou"), "fp32"),
+        }
+        constexprs = {
+            "ALPHA": 0.25,
+            "GAMMA": gamma,
+            "SOFTMAX": class_cost == "softmax",
+            "BLOCK_IMAGES": 16,
+            "BLOCK_QUERIES": BLOCK_QUERIES,
+        }
+        pointers = [name for name in signature if name.endswith("_ptr")]
+        label = f"matching_cost {class_cost} γ={gamma:g} {dtype}"
+        yield label, _matching_cost_kernel, signature, constexprs, pointers, NUM_WARPS, 3, {"occupancy": 0.5}

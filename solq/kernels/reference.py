@@ -5,7 +5,8 @@ Names and signatures are those of :mod:`solq.kernels`. Imports torch only (SciPy
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -274,22 +275,38 @@ def dct_decode_paste(coefficients: Tensor, boxes: Tensor, image_size: tuple[int,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _pairwise_giou(queries: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Generalised IoU of boxes given as cx, cy, w, h that broadcast; negative extents count as 0, and 0/0 is 0."""
-    (x0_a, x1_a), (y0_a, y1_a), (x0_b, x1_b), (y0_b, y1_b) = (
-        (centre - extent.clamp(min=0) / 2, centre + extent.clamp(min=0) / 2)
-        for cx, cy, w, h in (queries, targets)
-        for centre, extent in ((cx, w), (cy, h))
-    )
-    width = (torch.minimum(x1_a, x1_b) - torch.maximum(x0_a, x0_b)).clamp(min=0)
-    height = (torch.minimum(y1_a, y1_b) - torch.maximum(y0_a, y0_b)).clamp(min=0)
-    intersection = width * height
-    union = (x1_a - x0_a) * (y1_a - y0_a) + (x1_b - x0_b) * (y1_b - y0_b) - intersection
-    hull = (torch.maximum(x1_a, x1_b) - torch.minimum(x0_a, x0_b)) * (
-        torch.maximum(y1_a, y1_b) - torch.minimum(y0_a, y0_b)
-    )
+def _class_cost(
+    logits: Tensor, labels: Tensor, class_cost: Literal["focal", "softmax"], alpha: float, gamma: float
+) -> Tensor:
+    """The class cost (L, n, Q) of one image's logits (L, Q, C) and labels (n,)."""
+    present_labels, column = labels.unique(return_inverse=True)
+    if class_cost == "softmax":
+        cost = -logits.softmax(-1).mT[:, present_labels]
+    else:
+        logit = logits.mT[:, present_labels]
+        present, absent = logit.sigmoid(), (-logit).sigmoid()
+        cost = (1 - alpha) * present**gamma * torch.log(absent + 1e-8)
+        cost -= alpha * absent**gamma * torch.log(present + 1e-8)
+    return cost[:, column]
+
+
+def _overlap_and_hull(centre: Tensor, extent: Tensor, other_centre: Tensor, other_extent: Tensor) -> list[Tensor]:
+    """Lengths along one axis: of intersection, hull, and both intervals. Negative extents count as 0."""
+    half, other_half = extent.clamp(min=0) / 2, other_extent.clamp(min=0) / 2
+    low, high = centre - half, centre + half
+    other_low, other_high = other_centre - other_half, other_centre + other_half
+    overlap = torch.minimum(high, other_high).sub_(torch.maximum(low, other_low)).clamp_(min=0)
+    hull = torch.maximum(high, other_high).sub_(torch.minimum(low, other_low))
+    return [overlap, hull, high - low, other_high - other_low]
+
+
+def _giou(boxes: Tensor, other_boxes: Tensor) -> Tensor:
+    """Generalised IoU of boxes (4, ...) that broadcast, each cx cy w h; 0/0 is 0."""
+    x, y = (_overlap_and_hull(boxes[i], boxes[i + 2], other_boxes[i], other_boxes[i + 2]) for i in (0, 1))
+    overlap, hull, area, other_area = (along_x * along_y for along_x, along_y in zip(x, y, strict=True))
+    union = area + other_area - overlap
     smallest = torch.finfo(hull.dtype).tiny
-    return intersection / union.clamp(min=smallest) - (hull - union) / hull.clamp(min=smallest)
+    return overlap / union.clamp(min=smallest) - (hull - union) / hull.clamp(min=smallest)
 
 
 def matching_cost(
@@ -307,20 +324,29 @@ def matching_cost(
     class_cost: Literal["focal", "softmax"] = "focal",
 ) -> Tensor:
     """The cost (L, T, Q) of each query of a target's own image, for every decoder layer."""
-    T = target_labels.shape[0]
-    image = torch.searchsorted(target_offsets[1:], torch.arange(T, device=logits.device), right=True)
-    logit = logits[:, image, :, target_labels].transpose(0, 1).float()  # (L, T, Q): two index tensors put T first
-    if class_cost == "softmax":
-        label_cost = -torch.exp(logit - logits.float().logsumexp(-1)[:, image])
-    else:
-        present, absent = logit.sigmoid(), (-logit).sigmoid()
-        positive = alpha * absent**gamma * -torch.log(present + 1e-8)
-        negative = (1 - alpha) * present**gamma * -torch.log(absent + 1e-8)
-        label_cost = positive - negative
-    query_boxes = [coordinate[:, image] for coordinate in boxes.float().unbind(-1)]  # cx, cy, w, h: each (L, T, Q)
-    own_boxes = [coordinate[:, None] for coordinate in target_boxes.float().unbind(-1)]  # each (T, 1)
-    l1 = sum((a - b).abs() for a, b in zip(query_boxes, own_boxes, strict=True))
-    return cost_class * label_cost + cost_bbox * l1 - cost_giou * _pairwise_giou(query_boxes, own_boxes)
+    L, _, Q, _ = logits.shape
+    cost = logits.new_empty(L, len(target_labels), Q, dtype=torch.float32)
+    coordinates = boxes.float().movedim(-1, 0).contiguous()  # (4, L, B, Q)
+    target_coordinates = target_boxes.float().T[:, :, None]  # (4, T, 1)
+    for image, (start, end) in enumerate(pairwise(target_offsets.tolist())):
+        queries, targets = coordinates[:, :, image, None], target_coordinates[:, None, start:end]
+        own = cost[:, start:end]
+        own[:] = _class_cost(logits[:, image].float(), target_labels[start:end], class_cost, alpha, gamma)
+        own *= cost_class
+        for query_coordinate, target_coordinate in zip(queries, targets, strict=True):
+            own.add_((query_coordinate - target_coordinate).abs_(), alpha=cost_bbox)
+        own.sub_(_giou(queries, targets), alpha=cost_giou)
+    return cost
+
+
+@overload
+def linear_assignment(cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def linear_assignment(
+    cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_assignment(
@@ -334,16 +360,16 @@ def linear_assignment(
     from scipy.optimize import linear_sum_assignment
 
     assignment = torch.full(cost.shape[:2], -1, dtype=torch.int64)
-    non_finite = (~cost.isfinite()).sum(-1)
-    offsets = target_offsets.tolist()
-    for layer, layer_cost in enumerate(cost.detach().cpu().double().numpy()):
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
-            problem = layer_cost[start:end]
+    non_finite = torch.zeros(cost.shape[:2], dtype=torch.int64)
+    host_cost = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32)).numpy()  # no bfloat16 in numpy
+    for start, end in pairwise(target_offsets.tolist()):
+        for layer, problem in enumerate(host_cost[:, start:end]):
             finite = np.isfinite(problem)
             if not finite.all():
-                bound = np.abs(problem[finite]).max(initial=0)
-                problem = np.where(finite, problem, 2 * (end - start + 1) * bound if bound > 0 else 1)
+                non_finite[layer, start:end] = torch.as_tensor((~finite).sum(1))
+                bound = np.abs(problem[finite]).max(initial=0).astype(np.float64)
+                problem = np.where(finite, problem, 2 * (end - start + 1) * bound if bound > 0 else 1.0)
             rows, columns = linear_sum_assignment(problem)
             assignment[layer, start + torch.as_tensor(rows)] = torch.as_tensor(columns)
-    assignment = assignment.to(cost.device)
+    assignment, non_finite = assignment.to(cost.device), non_finite.to(cost.device)
     return (assignment, non_finite) if return_non_finite else assignment
