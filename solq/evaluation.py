@@ -160,8 +160,7 @@ def evaluate(
 
     Args:
         model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `postprocess` makes detections of the
-            outputs. Not wrapped
-            in DistributedDataParallel: processes may have different numbers of batches.
+            outputs. Not wrapped in DistributedDataParallel: processes may have different numbers of batches.
         autocast_dtype: of the model's forward; None computes in the type of its weights.
         top_k: detections kept per image.
         progress: called after every batch with the number of its images.

@@ -206,7 +206,7 @@ def draw_predictions(
         count: how many images with objects are drawn.
         threshold: predictions of a lower score are not drawn.
     """
-    rows = []
+    rows: list[tuple[Tensor, Detections, Detections]] = []
     for sample in (dataset[index] for index in range(len(dataset))):
         if len(rows) == count:
             break
