@@ -1,6 +1,7 @@
 """Evaluation of one image with 100 detections at 480×640: outputs to masks, and masks to run lengths.
 
-`pycocotools` is the usual way to run lengths: every mask copied to the host, and encoded there.
+`pycocotools` is the usual way to run lengths: every mask copied to the host, and encoded there. On a CPU it is this
+project's way too.
 """
 
 import numpy as np

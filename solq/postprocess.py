@@ -78,8 +78,7 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     if masks.is_cuda:
         encoded = _encode_runs(masks)
     else:
-        by_column = masks.transpose(1, 2).contiguous().numpy().view(np.uint8)
-        encoded = coco_mask.encode(by_column.transpose(2, 1, 0))  # (H, W, K) in the order that pycocotools wants
+        encoded = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().view(np.uint8)))
     return [rle | {"counts": rle["counts"].decode()} for rle in encoded]
 
 
