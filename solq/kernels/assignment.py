@@ -128,16 +128,17 @@ def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tens
     non_finite = cost.new_zeros((L, T), dtype=torch.int64)
     if cost.numel() > 0:
         block = triton.next_power_of_2(Q + 1)
-        _linear_assignment_kernel[(L, B)](
-            cost.contiguous(),
-            target_offsets.contiguous(),
-            assignment,
-            non_finite,
-            T,
-            Q,
-            BLOCK=block,
-            num_warps=_num_warps(block),
-        )
+        with torch.cuda.device_of(cost):
+            _linear_assignment_kernel[(L, B)](
+                cost.contiguous(),
+                target_offsets.contiguous(),
+                assignment,
+                non_finite,
+                T,
+                Q,
+                BLOCK=block,
+                num_warps=_num_warps(block),
+            )
     return assignment, non_finite
 
 

@@ -143,7 +143,7 @@ def values_are_known(tensor: Tensor) -> bool:
 
 def check_offsets(target_offsets: Tensor) -> None:
     """Raise unless `target_offsets` can be (B+1,) integers."""
-    if target_offsets.ndim != 1 or len(target_offsets) == 0 or target_offsets.dtype not in (torch.int32, torch.int64):
+    if target_offsets.ndim != 1 or target_offsets.shape[0] == 0 or target_offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"target_offsets is {target_offsets.dtype} of shape {tuple(target_offsets.shape)}, "
             "must be int64 or int32 of shape (B+1,)"
@@ -178,7 +178,7 @@ def _matching_cost(
     backend: str,
 ) -> Tensor:
     L, B, Q, C = logits.shape
-    T = len(target_labels)
+    T = target_labels.shape[0]
     if values_are_known(logits):
         check_offset_values(target_offsets, T)
         unknown = target_labels[(target_labels < 0) | (target_labels >= C)]
@@ -204,28 +204,29 @@ def _matching_cost(
     softmax = class_cost == "softmax"
     log_normalizer = logits.float().logsumexp(-1) if softmax else cost
     block_queries = min(BLOCK_QUERIES, triton.next_power_of_2(Q))
-    _matching_cost_kernel[(T, triton.cdiv(Q, block_queries), L)](
-        logits.contiguous(),
-        log_normalizer,
-        boxes.contiguous(),
-        target_labels.contiguous(),
-        target_boxes.contiguous(),
-        target_offsets.contiguous(),
-        cost,
-        B,
-        Q,
-        C,
-        T,
-        cost_class,
-        cost_bbox,
-        cost_giou,
-        ALPHA=alpha,
-        GAMMA=gamma,
-        SOFTMAX=softmax,
-        BLOCK_IMAGES=triton.next_power_of_2(B),
-        BLOCK_QUERIES=block_queries,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(cost):
+        _matching_cost_kernel[(T, triton.cdiv(Q, block_queries), L)](
+            logits.contiguous(),
+            log_normalizer,
+            boxes.contiguous(),
+            target_labels.contiguous(),
+            target_boxes.contiguous(),
+            target_offsets.contiguous(),
+            cost,
+            B,
+            Q,
+            C,
+            T,
+            cost_class,
+            cost_bbox,
+            cost_giou,
+            ALPHA=alpha,
+            GAMMA=gamma,
+            SOFTMAX=softmax,
+            BLOCK_IMAGES=triton.next_power_of_2(B),
+            BLOCK_QUERIES=block_queries,
+            num_warps=NUM_WARPS,
+        )
     return cost
 
 
@@ -247,7 +248,7 @@ def _check(
         raise ValueError(f"boxes has shape {tuple(boxes.shape)}, must be {(L, B, Q, 4)} as logits is {(L, B, Q, C)}")
     if target_labels.ndim != 1:
         raise ValueError(f"target_labels has shape {tuple(target_labels.shape)}, must be (T,)")
-    T = len(target_labels)
+    T = target_labels.shape[0]
     if target_boxes.shape != (T, 4):
         raise ValueError(
             f"target_boxes has shape {tuple(target_boxes.shape)}, must be {(T, 4)} as there are {T} target_labels"
@@ -266,8 +267,8 @@ def _check(
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device} but logits on {logits.device}: move them to one device")
     check_offsets(target_offsets)
-    if len(target_offsets) != B + 1:
-        raise ValueError(f"target_offsets has {len(target_offsets)} entries, must have {B + 1} for {B} images")
+    if target_offsets.shape[0] != B + 1:
+        raise ValueError(f"target_offsets has {target_offsets.shape[0]} entries, must have {B + 1} for {B} images")
 
 
 def matching_cost(

@@ -325,7 +325,7 @@ def matching_cost(
 ) -> Tensor:
     """The cost (L, T, Q) of each query of a target's own image, for every decoder layer."""
     L, _, Q, _ = logits.shape
-    cost = logits.new_empty(L, len(target_labels), Q, dtype=torch.float32)
+    cost = logits.new_empty(L, target_labels.shape[0], Q, dtype=torch.float32)
     coordinates = boxes.float().movedim(-1, 0).contiguous()  # (4, L, B, Q)
     target_coordinates = target_boxes.float().T[:, :, None]  # (4, T, 1)
     for image, (start, end) in enumerate(pairwise(target_offsets.tolist())):
