@@ -1,3 +1,27 @@
 """SOLQ: instance segmentation by learned queries, on Triton kernels."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from solq.postprocess import Detections
+    from solq.predictor import Predictor
+    from solq.weights import load, save
+
 __version__ = "0.1.0"
+
+__all__ = ["Detections", "Predictor", "load", "save"]
+
+_HOME = {
+    "Detections": "solq.postprocess",
+    "Predictor": "solq.predictor",
+    "load": "solq.weights",
+    "save": "solq.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public on its first use: `import solq.kernels` needs torch and triton only."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'solq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -41,6 +41,22 @@ class ModelConfig:
 
 
 @dataclass
+class ModelMeta:
+    """What a trained model is used with besides its weights; travels with them in a file."""
+
+    class_names: list[str] = field(default_factory=list)
+    """Name of each label, empty for a label that no category has; an empty list if they are not known."""
+    category_ids: list[int] = field(default_factory=list)
+    """The dataset's category of each label; an empty list if the labels are the categories."""
+    eval_scale: int = 800
+    """Length of the shorter image side."""
+    max_size: int = 1333
+    """Bound of the longer side."""
+    license: str = "Apache-2.0"
+    """Of the weights."""
+
+
+@dataclass
 class TrainConfig:
     """A training run; the defaults are the published recipe on COCO."""
 

@@ -1,14 +1,17 @@
 """The outputs of the model to detections in the pixels of the original image."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_convert
+
+from solq.config import ModelMeta
 
 # Outputs, an image of the batch, queries (K,), their boxes (K, 4) in pixels, (H, W) to masks (K, H, W) bool.
 DecodeMasks = Callable[[Mapping[str, Any], int, Tensor, Tensor, tuple[int, int]], Tensor]
@@ -21,13 +24,15 @@ class Detections:
     """What was found in one image, best first. K masks, on the device of the model's outputs.
 
     boxes (K, 4) float32, x0 y0 x1 y1 in pixels of the original image, not clipped to it; scores (K,) float32;
-    labels (K,) int64, indices into the model's classes; masks (K, H, W) bool, or None without a mask coding.
+    labels (K,) int64, indices into the model's classes; masks (K, H, W) bool, or None without a mask coding; meta names
+    the classes and their categories.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    meta: ModelMeta = field(default_factory=ModelMeta)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -35,11 +40,51 @@ class Detections:
     def __getitem__(self, kept: Tensor | slice) -> "Detections":
         """The detections where `kept` is true, or of its indices."""
         masks = None if self.masks is None else self.masks[kept]
-        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks, self.meta)
 
     def to(self, device: torch.device | str) -> "Detections":
         masks = None if self.masks is None else self.masks.to(device)
-        return Detections(self.boxes.to(device), self.scores.to(device), self.labels.to(device), masks)
+        return Detections(self.boxes.to(device), self.scores.to(device), self.labels.to(device), masks, self.meta)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each detection's class; "class 3" where it is not known."""
+        names = dict(enumerate(self.meta.class_names))
+        return [names.get(label) or f"class {label}" for label in self.labels.tolist()]
+
+    def draw(self, image: Any, threshold: float = 0.0) -> Image.Image:
+        """The image with the masks, boxes, names and scores of the detections of at least `threshold` on it.
+
+        `image` is what was predicted on, as :class:`solq.Predictor` takes it. Small ones come back enlarged.
+        """
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        from solq.predictor import read_rgb  # imports this module
+        from solq.visualize import draw_detections
+
+        pixels = read_rgb(image)
+        if self.masks is not None and self.masks.shape[-2:] != pixels.shape[-2:]:
+            raise ValueError(
+                f"image is {pixels.shape[1]}x{pixels.shape[2]} but the masks are of an image of "
+                f"{self.masks.shape[1]}x{self.masks.shape[2]} (height x width)"
+            )
+        names = dict(zip(self.labels.tolist(), self.class_names, strict=True))
+        of_label = [names.get(label, "") for label in range(max(names, default=-1) + 1)]
+        return to_pil_image(draw_detections(pixels, self.to("cpu"), of_label, threshold))
+
+    def to_supervision(self) -> Any:
+        """A `supervision.Detections` (`pip install solq[supervision]`)."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError("to_supervision needs supervision: pip install solq[supervision]") from error
+        return supervision.Detections(
+            xyxy=self.boxes.cpu().numpy(),
+            mask=None if self.masks is None else self.masks.cpu().numpy(),
+            confidence=self.scores.cpu().numpy(),
+            class_id=self.labels.cpu().numpy(),
+            data={"class_name": np.array(self.class_names, dtype=str)},
+        )
 
     def rle(self) -> list[dict[str, Any]]:
         """The masks as COCO's compressed run lengths, see :func:`encode_masks`."""
@@ -50,8 +95,10 @@ class Detections:
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """One entry of COCO's result format per detection; bbox is x y w h in pixels, to a thousandth.
 
-        `category_ids` names the category of each label; without it the labels are the categories.
+        `category_ids` names the category of each label; without it they are those of `meta`, or if it has none the
+        labels are the categories.
         """
+        category_ids = self.meta.category_ids or None if category_ids is None else category_ids
         corner, opposite = self.boxes.double().cpu().split(2, dim=-1)
         boxes = torch.cat([corner, opposite - corner], dim=-1).numpy().round(3).tolist()
         scores = self.scores.double().cpu().numpy().round(6).tolist()

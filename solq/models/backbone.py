@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 RESNETS = ("resnet10", "resnet18", "resnet50", "resnet101")
-SWINS = {
+SWINS = {  # windows of 7, as in the published Swin-L
     "swin-t": "swin_tiny_patch4_window7_224",
     "swin-s": "swin_small_patch4_window7_224",
-    "swin-b": "swin_base_patch4_window12_384",
-    "swin-l": "swin_large_patch4_window12_384",
+    "swin-b": "swin_base_patch4_window7_224",
+    "swin-l": "swin_large_patch4_window7_224",
 }
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq.config import ModelConfig
+from solq.config import ModelConfig, ModelMeta
 from solq.models.backbone import build_backbone
 from solq.models.deformable_transformer import MLP, DeformableTransformer
 from solq.models.mask_coding import build_mask_coding
@@ -27,6 +27,7 @@ class SOLQ(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.meta = ModelMeta()
         width, levels = config.width, config.num_levels
         self.backbone = build_backbone(config.backbone, config.backbone_norm)
         channels = self.backbone.num_channels

@@ -1,0 +1,338 @@
+"""A trained model at work: images of any kind, size and number to detections."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from solq.data.batch import Size, normalize, padded_sizes
+from solq.data.transforms import View, resized, view_image
+from solq.models.solq import SOLQ
+from solq.postprocess import Detections
+from solq.weights import check_length, load
+
+logger = logging.getLogger(__name__)
+
+ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
+
+T = TypeVar("T")
+
+
+@dataclass
+class Prediction:
+    """What became of one image: either its pixels (3, H, W) uint8 and detections, or the error that says why not.
+
+    `source` is the file, or the position of an image that came without one.
+    """
+
+    source: Path | int
+    image: Tensor | None = None
+    detections: Detections | None = None
+    error: Exception | None = None
+
+
+class Predictor:
+    """Finds the objects of images.
+
+    Files are decoded and resized by other threads while the model computes. Images of about the same size and form
+    are computed together.
+
+    Args:
+        model: a model, or the path of a file that :func:`solq.load` reads.
+        device: where to compute; "auto" is the GPU if there is one.
+        dtype: float32, or bfloat16 or float16 for automatic mixed precision.
+        compile: compile the model, which takes minutes once for each of a few sizes of images.
+        class_names: name of each label, instead of those that came with the model.
+        size, max_size: images are resized to a shorter side of `size` pixels, or to a longer one of `max_size` if that
+            is less; as the model was evaluated in training unless given.
+        batch_size: most images computed at once; 8 on a GPU, 1 on a CPU unless given.
+        workers: threads that decode.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`solq.load`; class names of another number than the model's classes.
+        RuntimeError: if there is no such device.
+    """
+
+    def __init__(
+        self,
+        model: SOLQ | str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        class_names: Sequence[str] | None = None,
+        size: int | None = None,
+        max_size: int | None = None,
+        batch_size: int | None = None,
+        workers: int = 4,
+    ) -> None:
+        model = load(model) if isinstance(model, str | Path) else model
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {dtype}, must be torch.float32, torch.bfloat16 or torch.float16")
+        self.meta = model.meta
+        if class_names is not None:
+            if not class_names:
+                raise ValueError(f"class_names is empty but the model has {model.config.num_classes} classes")
+            check_length("class_names", list(class_names), model.config.num_classes)
+            self.meta = replace(model.meta, class_names=list(class_names))
+        self.device = choose_device(device)
+        self.dtype = dtype
+        self.size, self.max_size = size or model.meta.eval_scale, max_size or model.meta.max_size
+        self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
+        self.workers = workers
+        self.model = model.to(self.device).eval()
+        # A compiled model sees a few sizes only; else the padding is what the images of a batch need.
+        self._sizes = padded_sizes((self.size,), self.max_size) if compile else None
+        self._forward: Callable[[Tensor, Tensor], dict[str, Any]] = self._compute
+        if compile:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(self._sizes or ()))
+            self._forward = torch.compile(self._compute, dynamic=False)
+
+    def __call__(
+        self, images: ImageLike | Iterable[ImageLike], *, threshold: float = 0.5, top_k: int = 100
+    ) -> Detections | list[Detections | None]:
+        """The objects of one image, or of each of several.
+
+        Args:
+            images: a path, a PIL image, an array (H, W), (H, W, 3) or (H, W, 4) of uint8, uint16, or floats in 0..1, a
+                tensor (3, H, W) or (1, H, W) of the same types, all RGB; or a folder, or several of these.
+            threshold: the least score of a detection.
+            top_k: the most detections of an image.
+
+        Returns:
+            Detections, best first, on the predictor's device; for a folder (by file name) or several images a list,
+            in which an image that cannot be used has None. The log says why.
+
+        Raises:
+            OSError, ValueError: if the only image cannot be used, or a folder holds no image.
+        """
+        several = is_folder(images) or not isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
+        several = several or getattr(images, "ndim", 0) == 4
+        sources = [images] if isinstance(images, str | Path) or not several else images
+        predictions = list(self.stream(sources, threshold=threshold, top_k=top_k))  # type: ignore[arg-type]
+        if not several:
+            (only,) = predictions
+            if only.error is not None:
+                raise only.error
+            assert only.detections is not None
+            return only.detections
+        for prediction in predictions:
+            if prediction.error is not None:
+                logger.warning("%s", prediction.error)
+        return [prediction.detections for prediction in predictions]
+
+    def stream(self, images: Iterable[ImageLike], *, threshold: float = 0.5, top_k: int = 100) -> Iterator[Prediction]:
+        """What became of each image, in their order, as soon as it is known; for any number of images.
+
+        Args:
+            images: as for a call; folders among them are replaced by their images.
+
+        Raises:
+            ValueError: if a folder holds no image, or a number is out of its range.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold}, must be in 0..1")
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, must be at least 1")
+        sources = enumerate(expand_folders(images))
+        finished: dict[int, Prediction] = {}
+        waiting: dict[Size, list[_Prepared]] = {}  # by the size that they are padded to
+        following = 0
+        with ThreadPoolExecutor(self.workers) as pool:
+            for prepared in _ahead(pool, self._prepare, sources, self.workers + 2 * self.batch_size):
+                if isinstance(prepared, _Prepared):
+                    batch = waiting.setdefault(self._padded(prepared.size), [])
+                    batch.append(prepared)
+                    if len(batch) < self.batch_size and sum(map(len, waiting.values())) < 4 * self.batch_size:
+                        continue
+                    # Full, or so many wait that the oldest has to go.
+                    if len(batch) < self.batch_size:
+                        batch = min(waiting.values(), key=lambda of_size: of_size[0].index)
+                    del waiting[self._padded(batch[0].size)]
+                    finished |= self._predict(batch, threshold, top_k)
+                else:
+                    finished[prepared[0]] = prepared[1]
+                while following in finished:
+                    yield finished.pop(following)
+                    following += 1
+        for batch in waiting.values():
+            finished |= self._predict(batch, threshold, top_k)
+        for index in sorted(finished):
+            yield finished[index]
+
+    def _prepare(self, source: tuple[int, ImageLike]) -> "_Prepared | tuple[int, Prediction]":
+        """Decode and resize one image, in a thread."""
+        index, image = source
+        name = Path(image) if isinstance(image, str | Path) else index
+        try:
+            pixels = read_rgb(image)
+        except (OSError, ValueError, TypeError) as error:
+            described = error if isinstance(image, str | Path) else type(error)(f"image {index}: {error}")
+            return index, Prediction(name, error=described)
+        H, W = pixels.shape[-2:]
+        resized_pixels = view_image(pixels, View((0, 0, W, H), resized((H, W), self.size, self.max_size)))
+        return _Prepared(index, name, pixels, resized_pixels)
+
+    def _padded(self, size: Size) -> Size:
+        """The size that an image of this size may be padded to: together with others, or always if compiled."""
+        H, W = size
+        if self._sizes is None:
+            return -(-H // 32) * 32, -(-W // 32) * 32
+        return min((s for s in self._sizes if s[0] >= H and s[1] >= W), key=lambda s: s[0] * s[1])
+
+    def _predict(self, batch: "list[_Prepared]", threshold: float, top_k: int) -> dict[int, Prediction]:
+        if self._sizes is not None and 1 < len(batch) < self.batch_size:  # compiled for one image and for full batches
+            parts = [self._predict([prepared], threshold, top_k) for prepared in batch]
+            return {index: prediction for part in parts for index, prediction in part.items()}
+        heights, widths = zip(*(prepared.size for prepared in batch), strict=True)
+        H, W = (max(heights), max(widths)) if self._sizes is None else self._padded((max(heights), max(widths)))
+        images = torch.zeros(len(batch), 3, H, W, dtype=torch.uint8)
+        padding_mask = torch.ones(len(batch), H, W, dtype=torch.bool)
+        for b, prepared in enumerate(batch):
+            h, w = prepared.size
+            images[b, :, :h, :w] = prepared.resized
+            padding_mask[b, :h, :w] = False
+        with torch.inference_mode():
+            outputs = self._forward(images.to(self.device), padding_mask.to(self.device))
+            orig_sizes = torch.tensor([prepared.image.shape[-2:] for prepared in batch])
+            detections = self.model.postprocess(outputs, orig_sizes, top_k, threshold)
+        return {
+            prepared.index: Prediction(prepared.source, prepared.image, replace(found, meta=self.meta))
+            for prepared, found in zip(batch, detections, strict=True)
+        }
+
+    def _compute(self, images: Tensor, padding_mask: Tensor) -> dict[str, Any]:
+        """Outputs for images (B, 3, H, W) uint8; compiled, the heads of the layers that are not returned fall away."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            outputs = self.model(normalize(images, padding_mask), padding_mask)
+        return {key: value for key, value in outputs.items() if key not in ("aux_outputs", "enc_outputs")}
+
+
+@dataclass
+class _Prepared:
+    index: int
+    source: Path | int
+    image: Tensor  # (3, H, W) uint8
+    resized: Tensor  # (3, h, w) uint8
+
+    @property
+    def size(self) -> Size:
+        return self.resized.shape[1], self.resized.shape[2]
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], T], arguments: Iterable[Any], count: int) -> Iterator[T]:
+    """`map(function, arguments)` by the threads of a pool, which are up to `count` results ahead."""
+    rest = iter(arguments)
+    futures: deque[Future[T]] = deque(pool.submit(function, argument) for argument in islice(rest, count))
+    while futures:
+        result = futures.popleft().result()
+        futures.extend(pool.submit(function, argument) for argument in islice(rest, 1))
+        yield result
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one.
+
+    Raises:
+        RuntimeError: if there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device is {device} but torch finds no GPU: use cpu, or check the driver")
+    return chosen
+
+
+def is_folder(image: Any) -> bool:
+    return isinstance(image, str | Path) and Path(image).is_dir()
+
+
+def expand_folders(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
+    """The images, with folders replaced by the image files that lie in them, by name."""
+    for image in images:
+        if isinstance(image, str | Path) and is_folder(image):
+            yield from folder_images(Path(image))
+        else:
+            yield image
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """The files in a folder whose names end as those of images do, by name.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    endings = Image.registered_extensions()
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no images: name another folder")
+    return files
+
+
+def read_rgb(image: ImageLike) -> Tensor:
+    """An image of any kind as RGB (3, H, W) uint8, turned as its EXIF entry says.
+
+    Of images with more than 8 bits the upper 8 remain; transparency is dropped.
+
+    Raises:
+        OSError: a file is missing, damaged or no image.
+        ValueError, TypeError: an array has another shape or type than a call of :class:`Predictor` takes.
+    """
+    if isinstance(image, str | Path):
+        try:
+            with Image.open(image) as opened:
+                return _from_pillow(opened)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{image}: no such file") from error
+        # Damaged files make Pillow's readers raise anything, as it says in its documentation of `Image.open`.
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise OSError(f"{image} cannot be read as an image ({str(error).splitlines()[0]})") from error
+    if isinstance(image, Image.Image):
+        return _from_pillow(image)
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3):
+            raise ValueError(f"an array has shape {image.shape}, must be (H, W), (H, W, 3) or (H, W, 4)")
+        pixels = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[:, :, None]))
+        return _to_rgb(pixels.permute(2, 0, 1))
+    if isinstance(image, Tensor):
+        if image.ndim != 3:
+            raise ValueError(f"a tensor has shape {tuple(image.shape)}, must be (3, H, W) or (1, H, W)")
+        return _to_rgb(image.detach().cpu())
+    raise TypeError(f"an image is a {type(image).__name__}, must be a path, a PIL image, an array or a tensor")
+
+
+def _from_pillow(image: Image.Image) -> Tensor:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+        values = np.asarray(image).astype(np.int64)
+        shift = 8 if image.mode != "I" or values.max() > 255 else 0
+        image = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _to_rgb(pixels: Tensor) -> Tensor:
+    """Pixels (1, 3 or 4, H, W) of any accepted type as (3, H, W) uint8."""
+    if pixels.shape[0] not in (1, 3, 4) or 0 in pixels.shape:
+        raise ValueError(f"it has {pixels.shape[0]} channels of {tuple(pixels.shape[1:])}, must be 1, 3 or 4 of pixels")
+    if pixels.dtype == torch.uint16:
+        pixels = (pixels.to(torch.int32) >> 8).to(torch.uint8)
+    elif pixels.is_floating_point():
+        if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+            raise ValueError(f"its values reach from {pixels.min():g} to {pixels.max():g}, floats must be in 0..1")
+        pixels = (pixels * 255).round().to(torch.uint8)
+    elif pixels.dtype == torch.bool:
+        pixels = pixels.to(torch.uint8) * 255
+    elif pixels.dtype != torch.uint8:
+        raise TypeError(f"its type is {pixels.dtype}, must be uint8, uint16 or float")
+    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
