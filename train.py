@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 
 from solq.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from solq.config import Preset, TrainConfig, preset
+from solq.config import ModelMeta, Preset, TrainConfig, preset
 from solq.criterion import SetCriterion
 from solq.data import shapes
 from solq.data.batch import Batch, PackedTargets, collate, normalize, padded_sizes
@@ -47,6 +47,7 @@ from solq.models.mask_coding import build_mask_coding
 from solq.models.mask_coding import load as load_mask_coding
 from solq.models.solq import SOLQ
 from solq.visualize import draw_predictions
+from solq.weights import save
 
 console = Console()
 
@@ -125,6 +126,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
     # ---- model
     torch.manual_seed(config.seed)
     model = SOLQ(replace(config.model, num_classes=train_set.num_classes))
+    model.meta = ModelMeta(train_set.class_names, train_set.category_ids, config.eval_scale, config.max_size)
     if state is None and config.init_weights is not None:
         load_init_weights(model, config.init_weights)
     elif state is None and config.backbone_weights != "none":
@@ -489,7 +491,7 @@ def evaluate_and_show(
     device: torch.device,
     amp_dtype: torch.dtype | None,
 ) -> None:
-    """Score the model on the validation set; write metrics.json, results.json and predictions.png."""
+    """Score the model on the validation set; write metrics.json, results.json, predictions.png, model.safetensors."""
     part = Subset(val_set, range(rank, len(val_set), world_size))
     loader = DataLoader(
         part,
@@ -516,9 +518,14 @@ def evaluate_and_show(
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     evaluator.save(output / "results.json")
     draw_predictions(model, val_set, output / "predictions.png", device)
+    save(model, output / "model.safetensors")
     console.print(
-        f"metrics, results in COCO's format and pictures are in {output}; look at {output / 'predictions.png'}"
+        f"metrics, results in COCO's format and pictures are in {output}; look at {output / 'predictions.png'}, or at "
+        "any image with the trained model:"
     )
+    image = val_set.images / evaluator.dataset["images"][0]["file_name"]
+    pictures = output / "pictures"
+    console.print(f"solq predict {output / 'model.safetensors'} {image} --output {pictures}", soft_wrap=True)
 
 
 if __name__ == "__main__":
