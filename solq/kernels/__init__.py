@@ -5,25 +5,34 @@ definitions of the same names. :func:`use_backend` forces one of the two.
 """
 
 from solq.kernels.assignment import linear_assignment
+from solq.kernels.mask_dct import (
+    crop_dct_encode,
+    dct_decode,
+    dct_decode_binary,
+    dct_decode_paste,
+    dct_encode,
+    paste_masks,
+)
 from solq.kernels.matching_cost import matching_cost
+from solq.kernels.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from solq.kernels.reference import (
     crop_dct_encode,
     dct_decode,
     dct_decode_paste,
     dct_encode,
-    ms_deform_attn,
-    ms_deform_attn_fused,
 )
 from solq.kernels.runtime import use_backend
 
 __all__ = [
     "crop_dct_encode",
     "dct_decode",
+    "dct_decode_binary",
     "dct_decode_paste",
     "dct_encode",
     "linear_assignment",
     "matching_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "paste_masks",
     "use_backend",
 ]

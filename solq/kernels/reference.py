@@ -78,14 +78,16 @@ def ms_deform_attn(
     """
     B, S, M, D = value.shape
     Q, L, P = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
-    compute = torch.promote_types(value.dtype, torch.float32)
-    int32 = {"dtype": torch.int32, "device": value.device}
+    compute, device = torch.promote_types(value.dtype, torch.float32), value.device
 
     # Of each sample (m, l, p), over all M·L·P of a query: the size of its level, and that level's first row.
-    levels = torch.cat([torch.as_tensor(spatial_shapes, **int32).T, torch.as_tensor(level_start_index, **int32)[None]])
+    shapes = torch.as_tensor(spatial_shapes, dtype=torch.int32, device=device)
+    starts = torch.as_tensor(level_start_index, dtype=torch.int32, device=device)
+    levels = torch.cat([shapes.T, starts[None]])
     height, width, start = levels[:, None, :, None].expand(3, M, L, P).flatten(1)
-    head = torch.arange(M, **int32)[:, None].expand(M, L * P).flatten()
-    first_row = (torch.arange(B, **int32)[:, None, None] * S + start) * M + head  # (B, 1, M·L·P)
+    head = torch.arange(M, dtype=torch.int32, device=device)[:, None].expand(M, L * P).flatten()
+    image = torch.arange(B, dtype=torch.int32, device=device)
+    first_row = (image[:, None, None] * S + start) * M + head  # (B, 1, M·L·P)
 
     x, y = sampling_locations.to(compute).reshape(B, Q, M * L * P, 2).unbind(-1)
     attention = attention_weights.to(compute).reshape(B, Q, M * L * P)

@@ -1,7 +1,8 @@
-"""Which backend serves a call."""
+"""Which backend serves a call, and what a launch must know of its device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -11,6 +12,9 @@ Backend = Literal["reference", "triton"]
 
 # With TRITON_INTERPRET=1, set before triton is imported, kernels run on CPU tensors.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# Fused multiply-add in every kernel; a coming Triton release no longer does so unasked.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 _forced: Backend | None = None
 
@@ -42,10 +46,36 @@ def backend_for(tensor: torch.Tensor) -> Backend:
     Raises:
         RuntimeError: if Triton was asked for where it cannot run.
     """
-    can_run_triton = tensor.device.type == "cuda" or INTERPRETED
-    if _forced == "triton" and not can_run_triton:
+    if _forced == "triton":
+        require_triton(tensor)
+    return _forced or ("triton" if _can_run_triton(tensor) else "reference")
+
+
+def _can_run_triton(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda" or INTERPRETED
+
+
+def require_triton(tensor: torch.Tensor) -> None:
+    """Raise RuntimeError if Triton kernels cannot run on the device of `tensor`."""
+    if not _can_run_triton(tensor):
         raise RuntimeError(
             f"the Triton backend was asked for with tensors on {tensor.device}: move them to a GPU, "
             "set TRITON_INTERPRET=1 before importing triton, or use_backend('reference')"
         )
-    return _forced or ("triton" if can_run_triton else "reference")
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """What launch tables are keyed by: "sm_90", "gfx942", …; "interpreter" for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def warp_size(device: torch.device) -> int:
+    """Lanes of a warp: 32 on NVIDIA, 64 on AMD's accelerators."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

@@ -1,0 +1,852 @@
+"""Multi-scale deformable attention (Deformable DETR, https://arxiv.org/abs/2010.04159, section 4.1).
+
+    output[b, q, m] = Σ_lp  weight[b, q, m, l, p] · sample(level l of value[b, :, m], location[b, q, m, l, p])
+
+`sample` is bilinear; pixel (i, j) of an H × W level lies at ((j + ½) / W, (i + ½) / H); everything outside is zero.
+In the fused form the weights are softmax(logits) over all L·P, and the locations are reference + offset / (W, H) for
+reference points, and centre + offset · size / 2P for reference boxes; neither of the two ever exists in memory.
+
+How the kernels work
+    A program serves a tile of neighbouring queries of one head of one image: their samples lie close together, so most
+    of the 4·L·P rows of D channels that each query reads are found in L1. A row is read in blocks of channels, each a
+    power of two, so D = 48 is several blocks and no lane is idle. Per sample, a lane computes addresses and weights of
+    the four corners once, and uses them for one 16-byte load per corner and block. Corners outside get the weight zero
+    and an index inside, which costs two instructions and no branch. Two half-precision channels are read as one 32-bit
+    word: two bfloat16 become float32 by one shift and one mask, and even and odd channels are separate float32 tiles,
+    so that loads are 16 bytes per lane and so are the reductions of the backward pass, without exchange between lanes.
+    The backward pass reads the same rows again instead of keeping anything, and adds to the gradient of `value` by
+    vectorised reductions in float32 (float64 for float64); a half-precision gradient is rounded once, at the end,
+    which costs 10 bytes of traffic per element of `value` (clear, read, write) and spares half the digits.
+    The sum Σ p·∂p in the softmax's gradient is output · ∂output, so that gradient needs no second pass.
+
+Determinism
+    All but the gradient of `value` is always bit-reproducible. Under `torch.use_deterministic_algorithms(True)` that
+    one is accumulated in 64-bit fixed point, whose sums do not depend on their order. The cost: 64-bit reductions,
+    which are twice the bytes and not vectorised, and a buffer of 8 bytes per element of `value`. The unit is 2⁻⁶¹ of
+    the largest sum possible, about 2⁻⁴⁰ of the largest output gradient at encoder shapes.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from solq.kernels import reference
+from solq.kernels.runtime import LAUNCH_OPTIONS, architecture, backend_for, require_triton, warp_size
+
+SpatialShapes = Tensor | Sequence[tuple[int, int]]
+LevelStartIndex = Tensor | Sequence[int]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. In the plain form REFERENCE is 0, `coordinates` are sampling locations and `weights` attention weights. In
+# the fused form it is the number of coordinates of a reference point, 2 or 4, and the two are offsets and logits.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_pairs(ptr, index, mask):
+    """x and y of the pairs number `index`, read in one load where a pair has at most 8 bytes."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    if dtype.primitive_bitwidth == 64:
+        x = tl.load(ptr + 2 * index, mask=mask, other=0.0)
+        y = tl.load(ptr + 2 * index + 1, mask=mask, other=0.0)
+    elif dtype.primitive_bitwidth == 32:
+        pair = tl.load(ptr.to(tl.pointer_type(tl.int64)) + index, mask=mask, other=0)
+        x = pair.to(tl.int32).to(dtype, bitcast=True)
+        y = (pair >> 32).to(tl.int32).to(dtype, bitcast=True)
+    else:
+        pair = tl.load(ptr.to(tl.pointer_type(tl.int32)) + index, mask=mask, other=0)
+        x = pair.to(tl.int16).to(dtype, bitcast=True)
+        y = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return x, y
+
+
+@triton.jit
+def _level(
+    shapes_ptr, starts_ptr, reference_ptr, query, in_queries, level,
+    L: tl.constexpr, P: tl.constexpr, REFERENCE: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Size and first row of a level, and the scales and shifts that make pixel positions of its coordinates."""
+    height = tl.load(shapes_ptr + 2 * level).to(tl.int32)
+    width = tl.load(shapes_ptr + 2 * level + 1).to(tl.int32)
+    start = tl.load(starts_ptr + level).to(tl.int32)
+    scale_x = tl.zeros_like(query).to(COMPUTE) + width
+    scale_y = tl.zeros_like(query).to(COMPUTE) + height
+    shift_x = tl.zeros_like(query).to(COMPUTE) - 0.5
+    shift_y = shift_x
+    if REFERENCE > 0:
+        point_ptr = reference_ptr + (query * L + level) * REFERENCE
+        shift_x += tl.load(point_ptr, mask=in_queries, other=0.0).to(COMPUTE) * scale_x
+        shift_y += tl.load(point_ptr + 1, mask=in_queries, other=0.0).to(COMPUTE) * scale_y
+        if REFERENCE == 4:
+            scale_x *= tl.load(point_ptr + 2, mask=in_queries, other=0.0).to(COMPUTE) * (0.5 / P)
+            scale_y *= tl.load(point_ptr + 3, mask=in_queries, other=0.0).to(COMPUTE) * (0.5 / P)
+        else:
+            scale_x = tl.full(query.shape, 1.0, COMPUTE)
+            scale_y = scale_x
+    return height, width, start, scale_x, scale_y, shift_x, shift_y
+
+
+@triton.jit
+def _corners(position, size):
+    """Index and weight of the pixels below and above `position` along an axis, and whether each counts.
+
+    The test for being inside comes before the conversion to integers: the position may be huge, infinite or NaN.
+    """
+    near = (position > -1.0) & (position < size)
+    position = tl.where(near, position, -1.0)
+    low = tl.floor(position)
+    fraction = position - low
+    index = low.to(tl.int32)
+    low_inside = index >= 0
+    high_inside = near & (index < size - 1)
+    low_weight = tl.where(low_inside, 1.0 - fraction, 0.0)
+    high_weight = tl.where(high_inside, fraction, 0.0)
+    return tl.maximum(index, 0), tl.minimum(index + 1, size - 1), low_weight, high_weight, low_inside, high_inside
+
+
+@triton.jit
+def _load_channels(word_ptr, mask, DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr):
+    """Channels by words: a tuple with one tile, or with the even and the odd channels where a word holds two."""
+    word = tl.load(word_ptr, mask=mask, other=None if mask is None else 0)
+    if PACK == 1:
+        channels: Any = (word.to(COMPUTE),)
+    elif DTYPE == tl.bfloat16:  # noqa: SIM300 (the upper half of a float32)
+        channels = ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
+    else:
+        low = word.to(tl.int16).to(DTYPE, bitcast=True)
+        high = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        channels = (low.to(COMPUTE), high.to(COMPUTE))
+    return channels
+
+
+@triton.jit
+def _words(ptr, PACK: tl.constexpr):
+    return ptr.to(tl.pointer_type(tl.int32)) if PACK == 2 else ptr
+
+
+@triton.jit
+def _softmax_statistics(
+    logits_ptr, first_sample, in_queries, K: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """The largest logit of each query and the sum of exponentials, over its K logits."""
+    largest = tl.full(first_sample.shape, float("-inf"), COMPUTE)
+    total = tl.zeros(first_sample.shape, COMPUTE)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        mask = in_queries[:, None] & (k < K)
+        logits = tl.load(logits_ptr + first_sample[:, None] + k, mask=mask, other=0.0).to(COMPUTE)
+        logits = tl.where(k < K, logits, float("-inf"))
+        larger = tl.maximum(largest, tl.max(logits, axis=1))
+        finite = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - finite) + tl.sum(tl.exp(logits - finite[:, None]), axis=1)
+        largest = larger
+    return largest, total
+
+
+@triton.jit
+def _add_samples(
+    accumulators, row_ptr, row, weight, word,
+    STRIDE: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Add one corner of each query's sample, `weight` times its row."""
+    row_ptr += row.to(tl.int64)[:, None] * STRIDE
+    updated = ()
+    for first in tl.static_range(0, WORDS, BLOCK_WORDS):
+        mask = None if first + BLOCK_WORDS <= WORDS else first + word < WORDS
+        channels = _load_channels(row_ptr + first, mask, DTYPE, PACK, COMPUTE)
+        for half in tl.static_range(PACK):
+            updated += (accumulators[first // BLOCK_WORDS * PACK + half] + weight[:, None] * channels[half],)
+    return updated
+
+
+@triton.jit
+def _forward_kernel(
+    output_ptr, value_ptr, shapes_ptr, starts_ptr, reference_ptr, coordinates_ptr, weights_ptr,
+    num_rows, num_queries, channel_start,
+    M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of the D of each head, from channel_start on, that this launch computes
+    REFERENCE: tl.constexpr, COMPUTE: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = value_ptr.dtype.element_ty
+    K: tl.constexpr = L * P
+    WORDS: tl.constexpr = CHANNELS // PACK
+    STRIDE: tl.constexpr = M * D // PACK
+    tiles = tl.cdiv(num_queries, BLOCK_QUERIES)
+    image = (tl.program_id(0) // tiles) // M
+    head = (tl.program_id(0) // tiles) % M
+    query = tl.program_id(0) % tiles * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    in_queries = query < num_queries
+    query = query.to(tl.int64) + image.to(tl.int64) * num_queries
+    first_sample = (query * M + head) * K
+    word = tl.arange(0, BLOCK_WORDS)[None, :]
+    first_word = (head * D + channel_start) // PACK
+    row_ptr = _words(value_ptr, PACK) + image.to(tl.int64) * num_rows * STRIDE + first_word + word
+
+    if REFERENCE > 0:
+        largest, total = _softmax_statistics(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
+        normalizer = 1.0 / total
+    accumulators = ()
+    for _tile in tl.static_range(tl.cdiv(WORDS, BLOCK_WORDS) * PACK):
+        accumulators += (tl.zeros([BLOCK_QUERIES, BLOCK_WORDS], COMPUTE),)
+
+    for level in range(L):
+        height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
+            shapes_ptr, starts_ptr, reference_ptr, query, in_queries, level, L, P, REFERENCE, COMPUTE
+        )
+        for point in range(P):
+            sample = first_sample + (level * P + point)
+            x, y = _load_pairs(coordinates_ptr, sample, in_queries)
+            weight = tl.load(weights_ptr + sample, mask=in_queries, other=0.0).to(COMPUTE)
+            if REFERENCE > 0:
+                weight = tl.exp(weight - largest) * normalizer
+            left, right, weight_l, weight_r, _in_l, _in_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
+            top, bottom, weight_t, weight_b, _in_t, _in_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
+            top = start + top * width
+            bottom = start + bottom * width
+            weight_t *= weight
+            weight_b *= weight
+            accumulators = _add_samples(
+                accumulators, row_ptr, top + left, weight_t * weight_l, word,
+                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            accumulators = _add_samples(
+                accumulators, row_ptr, top + right, weight_t * weight_r, word,
+                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            accumulators = _add_samples(
+                accumulators, row_ptr, bottom + left, weight_b * weight_l, word,
+                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            accumulators = _add_samples(
+                accumulators, row_ptr, bottom + right, weight_b * weight_r, word,
+                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+
+    output_ptr += (query * M + head)[:, None] * D + channel_start
+    channel = tl.arange(0, PACK * BLOCK_WORDS)[None, :]
+    for first in tl.static_range(0, WORDS, BLOCK_WORDS):
+        tile = accumulators[first // BLOCK_WORDS * PACK]
+        if PACK == 2:
+            tile = tl.interleave(tile, accumulators[first // BLOCK_WORDS * PACK + 1])
+        mask = in_queries[:, None] & (first * PACK + channel < CHANNELS)
+        tl.store(output_ptr + first * PACK + channel, tile, mask=mask)
+
+
+@triton.jit
+def _backward_corner(
+    grads, row_ptr, grad_row_ptr, scale_ptr, row, weight, word,
+    STRIDE: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, GRAD_HALF: tl.constexpr,
+    DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Add `weight` times the output's gradient to a row of value's gradient; return that gradient · the row."""
+    row_offset = row.to(tl.int64)[:, None]
+    weight = weight[:, None]
+    product = tl.zeros(grads[0].shape, COMPUTE)
+    for first in tl.static_range(0, WORDS, BLOCK_WORDS):
+        mask = None if first + BLOCK_WORDS <= WORDS else first + word < WORDS
+        channels = _load_channels(row_ptr + row_offset * STRIDE + first, mask, DTYPE, PACK, COMPUTE)
+        counts = weight != 0 if first + BLOCK_WORDS <= WORDS else (weight != 0) & (first + word < WORDS)
+        for half in tl.static_range(PACK):
+            grad = grads[first // BLOCK_WORDS * PACK + half]
+            product += grad * channels[half]
+            contribution = grad * weight
+            if grad_row_ptr.dtype.element_ty == tl.int64:
+                contribution = (contribution * tl.load(scale_ptr).to(COMPUTE)).to(tl.int64)
+            target_ptr = grad_row_ptr + row_offset * (STRIDE * PACK) + (half * GRAD_HALF + first)
+            tl.atomic_add(target_ptr, contribution, mask=counts, sem="relaxed")
+    return tl.sum(product, axis=1)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_value_ptr, grad_reference_ptr, grad_coordinates_ptr, grad_weights_ptr, scale_ptr, grad_output_ptr, output_ptr,
+    value_ptr, shapes_ptr, starts_ptr, reference_ptr, coordinates_ptr, weights_ptr,
+    num_rows, num_queries, channel_start,
+    M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
+    REFERENCE: tl.constexpr, GRAD_REFERENCE: tl.constexpr, COMPUTE: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = value_ptr.dtype.element_ty
+    K: tl.constexpr = L * P
+    WORDS: tl.constexpr = CHANNELS // PACK
+    STRIDE: tl.constexpr = M * D // PACK
+    GRAD_HALF: tl.constexpr = D // PACK  # the gradient of value has a head's even channels before its odd ones
+    tiles = tl.cdiv(num_queries, BLOCK_QUERIES)
+    image = (tl.program_id(0) // tiles) // M
+    head = (tl.program_id(0) // tiles) % M
+    query = tl.program_id(0) % tiles * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    in_queries = query < num_queries
+    query = query.to(tl.int64) + image.to(tl.int64) * num_queries
+    first_sample = (query * M + head) * K
+    word = tl.arange(0, BLOCK_WORDS)[None, :]
+    first_word = (head * D + channel_start) // PACK
+    first_row = image.to(tl.int64) * num_rows
+    row_ptr = _words(value_ptr, PACK) + first_row * STRIDE + first_word + word
+    grad_row_ptr = grad_value_ptr + first_row * (STRIDE * PACK) + head * D + channel_start // PACK + word
+
+    output_offset = (query * M + head)[:, None] * GRAD_HALF + channel_start // PACK + word
+    grads = ()
+    if REFERENCE > 0:
+        largest, total = _softmax_statistics(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
+        normalizer = 1.0 / total
+        expected = tl.zeros([BLOCK_QUERIES], COMPUTE)  # Σ weight · its gradient
+    for first in tl.static_range(0, WORDS, BLOCK_WORDS):
+        mask = in_queries[:, None] & (first + word < WORDS)
+        grads += _load_channels(_words(grad_output_ptr, PACK) + output_offset + first, mask, DTYPE, PACK, COMPUTE)
+        if REFERENCE > 0:
+            outputs = _load_channels(_words(output_ptr, PACK) + output_offset + first, mask, DTYPE, PACK, COMPUTE)
+            for half in tl.static_range(PACK):
+                expected += tl.sum(outputs[half] * grads[first // BLOCK_WORDS * PACK + half], axis=1)
+
+    points = tl.arange(0, BLOCK_P)[None, :]
+    for level in range(L):
+        height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
+            shapes_ptr, starts_ptr, reference_ptr, query, in_queries, level, L, P, REFERENCE, COMPUTE
+        )
+        # Gradients of this level's points, collected for wide stores.
+        grad_x = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
+        grad_y = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
+        grad_weight = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
+        grad_extent_x = tl.zeros([BLOCK_QUERIES], COMPUTE)
+        grad_extent_y = tl.zeros([BLOCK_QUERIES], COMPUTE)
+        for point in range(P):
+            sample = first_sample + (level * P + point)
+            x, y = _load_pairs(coordinates_ptr, sample, in_queries)
+            weight = tl.load(weights_ptr + sample, mask=in_queries, other=0.0).to(COMPUTE)
+            if REFERENCE > 0:
+                weight = tl.where(in_queries, tl.exp(weight - largest) * normalizer, 0.0)
+            left, right, weight_l, weight_r, in_l, in_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
+            top, bottom, weight_t, weight_b, in_t, in_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
+            top = start + top * width
+            bottom = start + bottom * width
+            dot_tl = _backward_corner(
+                grads, row_ptr, grad_row_ptr, scale_ptr, top + left, weight * weight_t * weight_l, word,
+                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            dot_tr = _backward_corner(
+                grads, row_ptr, grad_row_ptr, scale_ptr, top + right, weight * weight_t * weight_r, word,
+                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            dot_bl = _backward_corner(
+                grads, row_ptr, grad_row_ptr, scale_ptr, bottom + left, weight * weight_b * weight_l, word,
+                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            dot_br = _backward_corner(
+                grads, row_ptr, grad_row_ptr, scale_ptr, bottom + right, weight * weight_b * weight_r, word,
+                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            # Corners outside are zero, whatever was read in their place.
+            dot_tl = tl.where(in_t & in_l, dot_tl, 0.0)
+            dot_tr = tl.where(in_t & in_r, dot_tr, 0.0)
+            dot_bl = tl.where(in_b & in_l, dot_bl, 0.0)
+            dot_br = tl.where(in_b & in_r, dot_br, 0.0)
+            along_top = weight_l * dot_tl + weight_r * dot_tr
+            along_bottom = weight_l * dot_bl + weight_r * dot_br
+            point_x = weight * (weight_t * (dot_tr - dot_tl) + weight_b * (dot_br - dot_bl))
+            point_y = weight * (along_bottom - along_top)
+            point_weight = weight_t * along_top + weight_b * along_bottom
+            if REFERENCE > 0:
+                point_weight = weight * (point_weight - expected)
+            if GRAD_REFERENCE and REFERENCE == 4:
+                grad_extent_x += point_x * x.to(COMPUTE)
+                grad_extent_y += point_y * y.to(COMPUTE)
+            here = points == point
+            grad_x = tl.where(here, point_x[:, None], grad_x)
+            grad_y = tl.where(here, point_y[:, None], grad_y)
+            grad_weight = tl.where(here, point_weight[:, None], grad_weight)
+
+        level_sample = first_sample[:, None] + level * P
+        tl.store(grad_weights_ptr + level_sample + points, grad_weight, mask=in_queries[:, None] & (points < P))
+        pairs = tl.interleave(grad_x * scale_x[:, None], grad_y * scale_y[:, None])
+        pair = tl.arange(0, 2 * BLOCK_P)[None, :]
+        tl.store(grad_coordinates_ptr + 2 * level_sample + pair, pairs, mask=in_queries[:, None] & (pair < 2 * P))
+        if GRAD_REFERENCE:  # of this head; the launcher adds the heads
+            point_ptr = grad_reference_ptr + ((query * M + head) * L + level) * REFERENCE
+            tl.store(point_ptr, tl.sum(grad_x, axis=1) * width, mask=in_queries)
+            tl.store(point_ptr + 1, tl.sum(grad_y, axis=1) * height, mask=in_queries)
+            if REFERENCE == 4:
+                tl.store(point_ptr + 2, grad_extent_x * width * (0.5 / P), mask=in_queries)
+                tl.store(point_ptr + 3, grad_extent_y * height * (0.5 / P), mask=in_queries)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_CHANNELS = 256  # of a head, per launch; more are computed by several launches
+FEW_ROWS = 32768  # B·Q·M up to which programs have one warp, to spread over all multiprocessors
+
+# (words per block, warps) measured by `python -m benchmarks.tune` on the architecture that the key names, which is
+# (pass, architecture, D, bytes per channel). No GPU has been measured yet: the rule of `launch_configuration` decides.
+LAUNCH_TABLE: dict[tuple[str, str, int, int], tuple[int, int]] = {}
+
+
+def _channels_per_word(dtype: torch.dtype, D: int) -> int:
+    """Two half-precision channels are read as one 32-bit word, where all rows start at a word."""
+    return 2 if dtype.itemsize == 2 and D % 2 == 0 else 1
+
+
+def launch_configuration(direction: str, architecture: str, D: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Words per block and warps of a launch: from the table of measured ones, or else by this rule.
+
+    A block is the largest power of two of words, at most 16, that splits a row without remainder. At 16 words, four
+    lanes hold a block with one 16-byte load each, a warp covers eight queries, and the arithmetic that every lane does
+    for every sample is repeated four times per query. Four warps share the L1 lines of 32 neighbouring queries.
+    """
+    if (direction, architecture, D, dtype.itemsize) in LAUNCH_TABLE:
+        return LAUNCH_TABLE[direction, architecture, D, dtype.itemsize]
+    words = D // _channels_per_word(dtype, D)
+    divisors = [block for block in (16, 8, 4) if words % block == 0]
+    return (divisors[0] if divisors else min(16, triton.next_power_of_2(words))), 4
+
+
+def kernel_constants(
+    dtype: torch.dtype, M: int, L: int, P: int, D: int, reference: int, configuration: tuple[int, int], lanes: int = 32
+) -> dict[str, Any]:
+    """The compile-time arguments that both kernels share."""
+    block_words, num_warps = configuration
+    lanes_per_query = max(1, block_words * max(dtype.itemsize, 4) // 16)
+    return {
+        "M": M,
+        "L": L,
+        "P": P,
+        "D": D,
+        "CHANNELS": min(D, MAX_CHANNELS),
+        "REFERENCE": reference,
+        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "PACK": _channels_per_word(dtype, D),
+        "BLOCK_QUERIES": lanes * num_warps // lanes_per_query,
+        "BLOCK_WORDS": block_words,
+        "BLOCK_K": min(64, triton.next_power_of_2(L * P)),
+    }
+
+
+def _launch(
+    kernel: Any, direction: str, tensors: list[Tensor], value: Tensor, Q: int, L: int, P: int,
+    first: int, reference: int, **extra: Any,
+) -> None:  # fmt: skip
+    """Launch for the channels from `first` on, at most MAX_CHANNELS, of every head."""
+    B, S, M, D = value.shape
+    block_words, num_warps = launch_configuration(direction, architecture(value.device), D, value.dtype)
+    if B * Q * M <= FEW_ROWS:
+        num_warps = 1
+    constants = kernel_constants(value.dtype, M, L, P, D, reference, (block_words, num_warps), warp_size(value.device))
+    constants["CHANNELS"] = min(D - first, MAX_CHANNELS)
+    programs = triton.cdiv(Q, constants["BLOCK_QUERIES"]) * B * M
+    if programs:
+        with torch.cuda.device_of(value):
+            kernel[(programs,)](*tensors, S, Q, first, **constants, **extra, num_warps=num_warps, **LAUNCH_OPTIONS)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, as the kernels' wide loads need; a copy only where it is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _dense_inputs(
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, reference_points: Tensor | None,
+    coordinates: Tensor, weights: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    points = coordinates if reference_points is None else reference_points  # the plain form never reads it
+    return [_dense(t) for t in (value, spatial_shapes, level_start_index, points, coordinates, weights)]
+
+
+def _launch_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor | None,
+    coordinates: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    require_triton(value)
+    B, _, M, D = value.shape
+    _, Q, _, L, P, _ = coordinates.shape
+    reference = 0 if reference_points is None else reference_points.shape[-1]
+    output = value.new_empty(B, Q, M * D)
+    inputs = _dense_inputs(value, spatial_shapes, level_start_index, reference_points, coordinates, weights)
+    for first in range(0, D, MAX_CHANNELS):
+        _launch(_forward_kernel, "forward", [output, *inputs], value, Q, L, P, first, reference)
+    return output
+
+
+def _fixed_point_scale(grad_output: Tensor, weights: Tensor | None, compute: torch.dtype) -> Tensor:
+    """The power of two that takes the largest possible sum of contributions to one pixel to at most 2^61."""
+    bound = grad_output.abs().amax().double() * grad_output.shape[1]
+    if weights is not None:  # of softmax weights, at most one meets a pixel per query
+        bound = bound * weights.abs().amax().double() * (weights.shape[3] * weights.shape[4])
+    return torch.exp2(61 - torch.ceil(torch.log2(bound.clamp(min=torch.finfo(compute).tiny * 2.0**64))))
+
+
+def _launch_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor | None,
+    coordinates: Tensor,
+    weights: Tensor,
+    grad_reference: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of value, reference points (empty unless asked for), coordinates, and weights."""
+    require_triton(value)
+    B, S, M, D = value.shape
+    _, Q, _, L, P, _ = coordinates.shape
+    reference = 0 if reference_points is None else reference_points.shape[-1]
+    compute = torch.promote_types(value.dtype, torch.float32)
+    grad_output = _dense(grad_output.to(value.dtype))
+    inputs = [grad_output, grad_output if output is None else _dense(output)]
+    inputs += _dense_inputs(value, spatial_shapes, level_start_index, reference_points, coordinates, weights)
+
+    fixed_point = torch.are_deterministic_algorithms_enabled() and grad_output.numel() > 0
+    scale = value.new_ones((), dtype=torch.float64)
+    if fixed_point:
+        scale = _fixed_point_scale(grad_output, weights if reference == 0 else None, compute)
+    grad_value = torch.zeros_like(inputs[2], dtype=torch.int64 if fixed_point else compute)
+    # Where D takes several launches, each gives the points and weights a partial gradient.
+    chunks = range(0, D, MAX_CHANNELS)
+    rounded = len(chunks) == 1
+    grad_coordinates = coordinates.new_empty(len(chunks), *coordinates.shape, dtype=None if rounded else compute)
+    grad_weights = weights.new_empty(len(chunks), *weights.shape, dtype=None if rounded else compute)
+    grad_points = value.new_empty(len(chunks), B, Q, M, L, reference * grad_reference, dtype=compute)
+    for chunk, first in enumerate(chunks):
+        gradients = [grad_value, grad_points[chunk], grad_coordinates[chunk], grad_weights[chunk], scale]
+        _launch(
+            _backward_kernel, "backward", [*gradients, *inputs], value, Q, L, P, first, reference,
+            GRAD_REFERENCE=grad_reference, BLOCK_P=triton.next_power_of_2(P),
+        )  # fmt: skip
+    if fixed_point:
+        grad_value = (grad_value / scale).to(compute)
+    pack = _channels_per_word(value.dtype, D)  # where it is 2, the kernel put even channels before odd ones
+    grad_value = grad_value.view(B, S, M, pack, D // pack).mT.reshape(B, S, M, D).to(value.dtype)
+    total = [g[0] if rounded else g.sum(0) for g in (grad_coordinates, grad_weights)]
+    return (
+        grad_value,
+        grad_points.sum((0, 3)),
+        total[0].to(coordinates.dtype),
+        total[1].to(weights.dtype),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered operators. Spatial shapes and level starts are tensors here, whatever the caller gave.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("solq::ms_deform_attn", mutates_args=())
+def _op(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    return _launch_forward(value, spatial_shapes, level_start_index, None, sampling_locations, attention_weights)
+
+
+@torch.library.custom_op("solq::ms_deform_attn_backward", mutates_args=())
+def _op_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_value, _, grad_locations, grad_weights = _launch_backward(
+        grad_output, None, value, spatial_shapes, level_start_index, None, sampling_locations, attention_weights, False
+    )
+    return grad_value, grad_locations, grad_weights
+
+
+@torch.library.custom_op("solq::ms_deform_attn_fused", mutates_args=())
+def _fused_op(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    return _launch_forward(
+        value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
+    )
+
+
+@torch.library.custom_op("solq::ms_deform_attn_fused_backward", mutates_args=())
+def _fused_op_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    grad_reference: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_value, grad_points, grad_offsets, grad_logits = _launch_backward(
+        grad_output, output, value, spatial_shapes, level_start_index,
+        reference_points, sampling_offsets, attention_logits, grad_reference,
+    )  # fmt: skip
+    return grad_value, grad_points.to(reference_points.dtype), grad_offsets, grad_logits
+
+
+@_op.register_fake
+@_fused_op.register_fake
+def _(value: Tensor, *others: Tensor) -> Tensor:
+    B, _, M, D = value.shape
+    return value.new_empty(B, others[-1].shape[1], M * D)
+
+
+@_op_backward.register_fake
+def _(grad_output, value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
+    return tuple(t.new_empty(t.shape) for t in (value, sampling_locations, attention_weights))
+
+
+@_fused_op_backward.register_fake
+def _(
+    grad_output, output, value, spatial_shapes, level_start_index,
+    reference_points, sampling_offsets, attention_logits, grad_reference,
+):  # fmt: skip
+    points = reference_points.new_empty(*reference_points.shape[:3], reference_points.shape[3] * grad_reference)
+    others = (t.new_empty(t.shape) for t in (value, sampling_offsets, attention_logits))
+    return next(others), points, *others
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _save_with_output(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grad_value, grad_locations, grad_weights = _op_backward(grad_output, *ctx.saved_tensors)
+    return grad_value, None, None, grad_locations, grad_weights
+
+
+def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grad_reference = ctx.needs_input_grad[3]
+    grad_value, grad_points, grad_offsets, grad_logits = _fused_op_backward(
+        grad_output, *ctx.saved_tensors, grad_reference
+    )
+    return grad_value, None, None, grad_points if grad_reference else None, grad_offsets, grad_logits
+
+
+_op.register_autograd(_backward, setup_context=_save)
+_fused_op.register_autograd(_fused_backward, setup_context=_save_with_output)
+
+# Under autocast only `value` becomes half precision: locations in bfloat16 would be wrong by pixels, and weights and
+# logits gain nothing.
+_library = torch.library.Library("solq", "FRAGMENT")
+
+
+def _register_autocast(name: str, device_type: str) -> None:
+    operator = getattr(torch.ops.solq, name)
+
+    def under_autocast(value: Tensor, *others: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return operator(value if value.dtype == torch.float64 else value.to(dtype), *others)
+
+    _library.impl(name, under_autocast, {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}[device_type])
+
+
+for _name in ("ms_deform_attn", "ms_deform_attn_fused"):
+    for _device_type in ("cuda", "cpu"):
+        _register_autocast(_name, _device_type)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
+def _is_readable(given: SpatialShapes | LevelStartIndex) -> bool:
+    """Whether its content can be looked at without making the host wait, or a compiler give up."""
+    return not isinstance(given, Tensor) or (given.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def _check(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: LevelStartIndex,
+    points: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    reference_points: dict[str, Tensor],
+) -> None:
+    """Raise an error that names the argument; `points`, `weights` and `reference_points` are {name: tensor}."""
+    for name, tensor in {"value": value, **points, **weights, **reference_points}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, must be a tensor")
+        if tensor.dtype not in _FLOATING:
+            raise TypeError(f"{name} is {tensor.dtype}, must be float16, bfloat16, float32 or float64")
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device} but value is on {value.device}: move one of them")
+
+    if value.ndim != 4:
+        raise ValueError(f"value has shape {_shape(value)}, must have 4 dimensions (B, S, M, D)")
+    B, S, M, _ = value.shape
+    ((points_name, point),) = points.items()
+    if point.ndim != 6 or point.shape[-1] != 2:
+        raise ValueError(f"{points_name} has shape {_shape(point)}, must be (B, Q, M, L, P, 2)")
+    if point.shape[0] != B or point.shape[2] != M:
+        raise ValueError(f"{points_name} has shape {_shape(point)}, must be (B={B}, Q, M={M}, L, P, 2) as value says")
+    Q, L = point.shape[1], point.shape[3]
+    if 0 in (*value.shape[1:], *point.shape[2:]):
+        raise ValueError(f"value is {_shape(value)} and {points_name} {_shape(point)}, but only B and Q may be 0")
+    ((weights_name, weight),) = weights.items()
+    if weight.shape != point.shape[:-1]:
+        raise ValueError(f"{weights_name} has shape {_shape(weight)}, must be {_shape(point[..., 0])} as {points_name}")
+    for name, tensor in reference_points.items():
+        if tensor.ndim != 4 or tensor.shape[-1] not in (2, 4):
+            raise ValueError(f"{name} has shape {_shape(tensor)}, must be (B, Q, L, 2) or (B, Q, L, 4)")
+        if tensor.shape[:3] != (B, Q, L):
+            raise ValueError(f"{name} has shape {_shape(tensor)}, must be (B={B}, Q={Q}, L={L}, …) as {points_name}")
+
+    for name, given, ndim in (("spatial_shapes", spatial_shapes, 2), ("level_start_index", level_start_index, 1)):
+        if isinstance(given, Tensor):
+            if given.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name} is {given.dtype}, must be int64 or int32")
+            if given.device.type != "cpu" and given.device != value.device:
+                raise ValueError(f"{name} is on {given.device} but value is on {value.device}: move one of them")
+            if given.ndim != ndim or given.shape[1:] not in ((), (2,)):
+                raise ValueError(f"{name} has shape {_shape(given)}, must be {'(L, 2)' if ndim == 2 else '(L,)'}")
+        if len(given) != L:
+            raise ValueError(f"{points_name} has {L} levels but {name} has {len(given)}")
+    if not _is_readable(spatial_shapes):
+        return
+    shapes = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else list(spatial_shapes)
+    if any(len(pair) != 2 for pair in shapes):
+        raise ValueError(f"spatial_shapes is {shapes}, must be pairs (H, W)")
+    if any(height < 1 or width < 1 for height, width in shapes):
+        raise ValueError(f"spatial_shapes is {shapes}, heights and widths must be at least 1")
+    sizes = [height * width for height, width in shapes]
+    if sum(sizes) != S:
+        raise ValueError(f"spatial_shapes {shapes} has {sum(sizes)} pixels but value has {S}")
+    if _is_readable(level_start_index):
+        starts = level_start_index.tolist() if isinstance(level_start_index, Tensor) else list(level_start_index)
+        if starts != [sum(sizes[:level]) for level in range(L)]:
+            raise ValueError(f"level_start_index is {starts}, must be the sums of the sizes {sizes} before each level")
+
+
+@lru_cache(maxsize=4096)
+def _copied_to(device: torch.device, numbers: tuple[Any, ...]) -> Tensor:
+    """Integers on a device. A copy from pinned memory does not make the host wait, and each is made once."""
+    with torch.inference_mode(False):
+        host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)
+
+
+def _on_device(given: SpatialShapes | LevelStartIndex, value: Tensor) -> Tensor:
+    if isinstance(given, Tensor):
+        return given.to(value.device)
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+        return torch.tensor(given, dtype=torch.int32, device=value.device)  # traced: becomes part of the graph
+    return _copied_to(value.device, tuple(tuple(n) if isinstance(n, Sequence) else n for n in given))
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: LevelStartIndex,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Multi-scale deformable attention: a weighted sum of bilinear samples per query and head.
+
+    The numbers are those of Deformable DETR's CUDA operator (`align_corners=False`, zeros outside); computed in
+    float32, or float64 for a float64 `value`. Source: Deformable DETR, section 4.1. Differentiable, once, to the three
+    floating arguments, which may differ in dtype (autocast gives a half-precision `value` and float32 locations).
+
+    Args:
+        value: (B, S, M, D), S the pixels of all levels, level after level, row after row.
+        spatial_shapes: L rows (H, W): a tensor (L, 2), on the GPU if you have it there, or a list of pairs.
+        level_start_index: (L,), the first pixel of each level in S.
+        sampling_locations: (B, Q, M, L, P, 2) as (x, y), 0..1 over each level's full (padded) map. What lies outside,
+            is infinite or NaN, samples zero.
+        attention_weights: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, M·D), of the dtype of `value`.
+
+    Raises:
+        TypeError: for other than floating tensors, or levels that are not integers.
+        ValueError: for shapes or devices that disagree. The content of `spatial_shapes` on a GPU is not looked at.
+        RuntimeError: if Triton was asked for where it cannot run.
+    """
+    _check(
+        value,
+        spatial_shapes,
+        level_start_index,
+        {"sampling_locations": sampling_locations},
+        {"attention_weights": attention_weights},
+        {},
+    )
+    if backend_for(value) == "reference":
+        return reference.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    shapes, starts = _on_device(spatial_shapes, value), _on_device(level_start_index, value)
+    return torch.ops.solq.ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: LevelStartIndex,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """`ms_deform_attn` of softmaxed weights and of locations around reference points, neither of which is stored.
+
+    The weights are the softmax of the logits over L·P; the locations, always computed in float32 or better, are
+    reference + offset / (W, H) for points, and centre + offset · size / 2P for boxes (Deformable DETR, appendix A.4).
+    Differentiable, once, to the four floating arguments, which may differ in dtype.
+
+    Args:
+        value: (B, S, M, D), S the pixels of all levels, level after level, row after row.
+        spatial_shapes: L rows (H, W): a tensor (L, 2), on the GPU if you have it there, or a list of pairs.
+        level_start_index: (L,), the first pixel of each level in S.
+        reference_points: (B, Q, L, 2) as (x, y) or (B, Q, L, 4) as (cx, cy, w, h), 0..1 over the padded maps.
+        sampling_offsets: (B, Q, M, L, P, 2): in pixels of each level for points, of half a box over P for boxes.
+        attention_logits: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, M·D), of the dtype of `value`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ms_deform_attn`.
+    """
+    _check(
+        value,
+        spatial_shapes,
+        level_start_index,
+        {"sampling_offsets": sampling_offsets},
+        {"attention_logits": attention_logits},
+        {"reference_points": reference_points},
+    )
+    if backend_for(value) == "reference":
+        return reference.ms_deform_attn_fused(
+            value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
+        )
+    shapes, starts = _on_device(spatial_shapes, value), _on_device(level_start_index, value)
+    return torch.ops.solq.ms_deform_attn_fused(
+        value, shapes, starts, reference_points, sampling_offsets, attention_logits
+    )
