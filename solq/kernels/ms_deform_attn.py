@@ -114,7 +114,7 @@ def _load_channels(word_ptr, mask, DTYPE: tl.constexpr, PACK: tl.constexpr, COMP
     """Channels by words: a tuple with one tile, or with the even and the odd channels where a word holds two."""
     word = tl.load(word_ptr, mask=mask, other=None if mask is None else 0)
     if PACK == 1:
-        channels: Any = (word.to(COMPUTE),)
+        channels = (word.to(COMPUTE),)
     elif DTYPE == tl.bfloat16:  # noqa: SIM300 (the upper half of a float32)
         channels = ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
     else:
