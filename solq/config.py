@@ -1,8 +1,8 @@
 """Settings: the architecture, a training run, and the presets by name."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Preset = Literal["shapes", "r50", "r101", "swin-l"]
 Backbone = Literal["resnet10", "resnet18", "resnet50", "resnet101", "swin-t", "swin-s", "swin-b", "swin-l"]
@@ -182,3 +182,51 @@ def preset(name: Preset, *, cpu: bool) -> TrainConfig:
                 log_every=20,
             )
     raise ValueError(f"preset is {name!r}, must be one of {', '.join(get_args(Preset))}")
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raise a ValueError for a number that no run can have."""
+    at_least_one = ["batch_size", "accumulate", "log_every", "save_every", "eval_scale", "max_size"]
+    at_least_one += [f"model.{name}" for name, value in asdict(config.model).items() if type(value) is int]
+    values = asdict(config) | {f"model.{name}": value for name, value in asdict(config.model).items()}
+    for name in at_least_one:
+        if values[name] < 1:
+            raise ValueError(f"{name} is {values[name]}, must be at least 1")
+    for name in ("workers", "warmup_steps", "eval_every", "seed", "vector_loss_start"):
+        if values[name] < 0:
+            raise ValueError(f"{name} is {values[name]}, must be at least 0")
+    if not config.scales or min(config.scales) < 1:
+        raise ValueError(f"scales is {config.scales}, must be lengths in pixels")
+    if (config.steps is not None and config.steps < 1) or config.epochs <= 0:
+        raise ValueError(f"steps is {config.steps} and epochs is {config.epochs}, must be more than 0")
+    if config.batch_size % config.accumulate:
+        raise ValueError(f"batch_size is {config.batch_size}, must be a multiple of accumulate ({config.accumulate})")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay is {config.ema_decay}, must be at least 0 and less than 1")
+    if config.vector_loss_start >= config.model.decoder_layers:
+        raise ValueError(
+            f"vector_loss_start is {config.vector_loss_start}, must be less than the {config.model.decoder_layers} "
+            "decoder layers"
+        )
+
+
+# What a run cannot be continued with other values of; the weights would not fit, or its data would be in another order.
+FIXED = ("batch_size", "accumulate", "seed", "freeze_detector")
+FREE_OF_MODEL = ("num_classes", "dropout", "gradient_checkpointing")
+
+
+def check_continues(config: TrainConfig, before: dict[str, Any], checkpoint: Path) -> None:
+    """Raise a ValueError if a run with the settings `before`, as a dict, cannot be continued with `config`."""
+    now = asdict(config)
+    changes = [(name, before[name], now[name]) for name in FIXED]
+    changes += [
+        (f"model.{name}", before["model"].get(name, value), value)  # a setting may be younger than the run
+        for name, value in now["model"].items()
+        if name not in FREE_OF_MODEL
+    ]
+    for name, old, new in changes:
+        if old != new:
+            raise ValueError(
+                f"{checkpoint} is of a run with {name} {old} but now it is {new}: "
+                "give --resume the settings that the run was started with"
+            )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -133,6 +133,42 @@ def collate(samples: Sequence[tuple[Tensor, Target] | None], *, sizes: Sequence[
         padding_mask[b, :h, :w] = False
     targets = PackedTargets.pack([target for _, target in intact])
     return Batch(images, padding_mask, targets, skipped=len(samples) - len(intact))
+
+
+def fill_up(batch: Batch | None, num_images: int, size: Size, mask_size: int) -> Batch:
+    """The batch with black images without objects for those that were skipped; of this size if all of them were.
+
+    So every batch has the same number of images, for which the model is compiled, and no process has a step less.
+    """
+    if batch is None:
+        targets = PackedTargets(
+            labels=torch.zeros(0, dtype=torch.int64),
+            boxes=torch.zeros(0, 4),
+            masks=torch.zeros(0, mask_size, mask_size, dtype=torch.uint8),
+            offsets=torch.zeros(1, dtype=torch.int64),
+            image_ids=torch.zeros(0, dtype=torch.int64),
+            orig_sizes=torch.zeros(0, 2, dtype=torch.int64),
+            sizes=torch.zeros(0, 2, dtype=torch.int64),
+        )
+        images = torch.zeros(0, 3, *size, dtype=torch.uint8)
+        batch = Batch(images, torch.zeros(0, *size, dtype=torch.bool), targets, skipped=num_images)
+    missing = num_images - len(batch.images)
+    if missing == 0:
+        return batch
+    targets = batch.targets
+    sizes = torch.tensor([batch.images.shape[-2:]]).expand(missing, 2)
+    return Batch(
+        torch.cat([batch.images, batch.images.new_zeros(missing, *batch.images.shape[1:])]),
+        torch.cat([batch.padding_mask, batch.padding_mask.new_zeros(missing, *batch.padding_mask.shape[1:])]),
+        replace(
+            targets,
+            offsets=torch.cat([targets.offsets, targets.offsets[-1:].expand(missing)]),
+            image_ids=torch.cat([targets.image_ids, torch.full((missing,), -1)]),
+            orig_sizes=torch.cat([targets.orig_sizes, sizes]),
+            sizes=torch.cat([targets.sizes, sizes]),
+        ),
+        batch.skipped,
+    )
 
 
 def normalize(images: Tensor, padding_mask: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""The flags of train.py: every setting of :class:`solq.config.TrainConfig`."""
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+import tyro
+
+from solq.config import Preset, TrainConfig, preset
+
+
+def command_line(description: str | None = None, args: Sequence[str] | None = None) -> TrainConfig:
+    """The settings of the preset, changed by the flags; what is wrong with them ends the program in one line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=get_args(Preset), default="shapes")
+    first.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            chosen, _ = first.parse_known_args(args)
+            cpu = chosen.device == "cpu" or (chosen.device == "auto" and not torch.cuda.is_available())
+            default = preset(chosen.preset, cpu=cpu)
+            return tyro.cli(TrainConfig, default=default, description=description, args=args)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        sys.exit(f"error: {_one_line(complaint.getvalue())} (--help lists all settings)")
+
+
+def _one_line(complaint: str) -> str:
+    """What argparse says in its last line and tyro in the first part of a box."""
+    boxed = re.findall(r"│ (.*?) *│", complaint.split("│ ──")[0])
+    return " ".join(boxed) or complaint.strip().splitlines()[-1].partition("error: ")[2]
