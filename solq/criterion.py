@@ -31,6 +31,9 @@ class SetCriterion(nn.Module):
         vector_loss_start: first decoder layer with a vector loss (Table 3c; 0 is all layers).
         decoder_layers: how many the outputs have.
 
+    Raises:
+        ValueError: if there is no layer `vector_loss_start`.
+
     Attributes:
         weight_dict: the weight of each loss in the total, by name.
     """
@@ -46,6 +49,8 @@ class SetCriterion(nn.Module):
         decoder_layers: int = 6,
     ) -> None:
         super().__init__()
+        if not 0 <= vector_loss_start < decoder_layers:
+            raise ValueError(f"vector_loss_start is {vector_loss_start}, must be 0 to {decoder_layers - 1}")
         self.matcher = matcher
         self.mask_coding = mask_coding
         self.mask_head = mask_head

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from solq.models.mask_coding import build_mask_coding
 from solq.models.sqr import SeparateMaskHead
 from solq.postprocess import Detections, postprocess
 
-Outputs = dict[str, Tensor | list[dict[str, Tensor]] | dict[str, Tensor]]
+Outputs = dict[str, Any]  # tensors, and dicts and lists of them: see SOLQ.forward
 
 
 class SOLQ(nn.Module):
@@ -65,18 +67,20 @@ class SOLQ(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initial values of the heads and projections, as published; the transformer sets its own."""
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
-        for head in self.class_embed:
-            nn.init.constant_(head.bias, -math.log(99))  # every class starts with probability 0.01
+        for module in self.input_proj.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.class_embed.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.constant_(module.bias, -math.log(99))  # every class starts with probability 0.01
         for head in [*self.bbox_embed, *([self.vector_embed] if self.vector_embed else [])]:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
+            nn.init.zeros_(_last_layer(head).weight)
+            nn.init.zeros_(_last_layer(head).bias)
         if self.vector_embed:
-            nn.init.constant_(self.vector_embed.layers[-1].bias[2:], -2.0)
+            nn.init.constant_(_last_layer(self.vector_embed).bias[2:], -2.0)
         if not self.config.two_stage:
-            nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
+            nn.init.constant_(_last_layer(self.bbox_embed[0]).bias[2:], -2.0)
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> Outputs:
         """Predict the objects of a batch of padded images.
@@ -113,7 +117,7 @@ class SOLQ(nn.Module):
         return outputs
 
     def decode_masks(
-        self, outputs: Outputs, image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]
+        self, outputs: Mapping[str, Any], image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
         """The masks of some queries of one image.
 
@@ -150,3 +154,7 @@ class SOLQ(nn.Module):
 
 def _clones(module: nn.Module, count: int) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
+
+
+def _last_layer(head: nn.Module) -> nn.Linear:
+    return cast(nn.Linear, cast(MLP, head).layers[-1])
