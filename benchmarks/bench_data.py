@@ -89,9 +89,11 @@ class UsualDataset(Dataset):
         scale = int(batch_rng.choice(TRANSFORM.scales))
         crop_scale = int(batch_rng.choice(TRANSFORM.crop_scales))
         fractions = batch_rng.random(2)
-        if rng.random() < 0.5:
-            data = tuple(map(F.horizontal_flip, data))
+        flip = rng.random() < 0.5
         place = rng.random(2)
+        if flip:
+            data = tuple(map(F.horizontal_flip, data))
+            place[1] = 1 - place[1]  # a view's window is that of the image before it is mirrored
         if cropped:
             shown = resized(tuple(data[0].shape[-2:]), crop_scale)
             data = tuple(F.resize(item, list(shown)) for item in data)
