@@ -15,12 +15,6 @@ from solq.kernels.mask_dct import (
 )
 from solq.kernels.matching_cost import matching_cost
 from solq.kernels.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
-from solq.kernels.reference import (
-    crop_dct_encode,
-    dct_decode,
-    dct_decode_paste,
-    dct_encode,
-)
 from solq.kernels.runtime import use_backend
 
 __all__ = [

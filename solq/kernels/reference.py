@@ -184,7 +184,7 @@ def dct_decode(coefficients: Tensor, size: int = 128) -> Tensor:
     kept = kept_rows(size, n)
     matrix = dct_matrix(size, device=coefficients.device)[:kept].float()
     rows, columns = zigzag(size, n, device=coefficients.device)
-    spectrum = coefficients.new_zeros(len(coefficients), kept * kept, dtype=torch.float32)
+    spectrum = coefficients.new_zeros(coefficients.shape[0], kept * kept, dtype=torch.float32)
     spectrum = spectrum.index_copy(1, rows * kept + columns, coefficients.float()).unflatten(1, (kept, kept))
     return matrix.T @ (spectrum @ matrix)
 
