@@ -129,9 +129,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _download(name: str) -> dict[str, Tensor]:
     if name == "resnet10":
-        raise ValueError(
-            "there are no ImageNet weights of resnet10: give --backbone-weights none, or the PATH of your own"
-        )
+        raise ValueError("resnet10 has no ImageNet weights: give --backbone-weights none, or the PATH of your own")
     try:
         if name in SWINS:
             return timm.create_model(SWINS[name], pretrained=True).state_dict()
