@@ -85,7 +85,7 @@ def test_levels_of_swin_at_any_size(swin: nn.Module, size: tuple[int, int]) -> N
 
 @torch.no_grad()
 def test_swin_computes_what_timm_does(swin: nn.Module) -> None:
-    """At the size of its classifier, whose last stage is one window; there it is shifted too, as in Swin's detectors."""
+    """At the size of its classifier, whose last stage is one window; it is shifted too, as in detectors."""
     reference = timm.create_model(SWINS["swin-t"], always_partition=True).eval()
     backbone = build_backbone("swin-t", "frozen").eval()
     state = {key.replace("layers.", "layers_", 1): value for key, value in reference.state_dict().items()}
