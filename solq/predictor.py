@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -59,8 +59,8 @@ class Predictor:
         workers: threads that decode.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`solq.load`; class names of another number than the model's classes.
-        RuntimeError: if there is no such device.
+        FileNotFoundError, ValueError: see :func:`solq.load`; class names of another number than the model's classes;
+            no such device.
     """
 
     def __init__(
@@ -116,9 +116,11 @@ class Predictor:
         Raises:
             OSError, ValueError: if the only image cannot be used, or a folder holds no image.
         """
-        several = is_folder(images) or not isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
+        if is_folder(images):
+            images = folder_images(Path(images))
+        several = not isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
         several = several or getattr(images, "ndim", 0) == 4
-        sources = [images] if isinstance(images, str | Path) or not several else images
+        sources = images if several else [images]
         predictions = list(self.stream(sources, threshold=threshold, top_k=top_k))  # type: ignore[arg-type]
         if not several:
             (only,) = predictions
@@ -138,7 +140,7 @@ class Predictor:
             images: as for a call; folders among them are replaced by their images.
 
         Raises:
-            ValueError: if a folder holds no image, or a number is out of its range.
+            ValueError: if a number is out of its range.
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}, must be in 0..1")
@@ -149,7 +151,7 @@ class Predictor:
         waiting: dict[Size, list[_Prepared]] = {}  # by the size that they are padded to
         following = 0
         with ThreadPoolExecutor(self.workers) as pool:
-            for prepared in _ahead(pool, self._prepare, sources, self.workers + 2 * self.batch_size):
+            for prepared in ahead(pool, self._prepare, sources, self.workers + 2 * self.batch_size):
                 if isinstance(prepared, _Prepared):
                     batch = waiting.setdefault(self._padded(prepared.size), [])
                     batch.append(prepared)
@@ -230,7 +232,7 @@ class _Prepared:
         return self.resized.shape[1], self.resized.shape[2]
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], T], arguments: Iterable[Any], count: int) -> Iterator[T]:
+def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], T], arguments: Iterable[Any], count: int) -> Iterator[T]:
     """`map(function, arguments)` by the threads of a pool, which are up to `count` results ahead."""
     rest = iter(arguments)
     futures: deque[Future[T]] = deque(pool.submit(function, argument) for argument in islice(rest, count))
@@ -244,25 +246,28 @@ def choose_device(device: str | torch.device) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one.
 
     Raises:
-        RuntimeError: if there is no such device.
+        ValueError: if there is no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, must be auto, cpu, cuda or cuda:<number>") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device is {device} but torch finds no GPU: use cpu, or check the driver")
+        raise ValueError(f"device is {device} but torch finds no GPU: use cpu, or check the driver")
     return chosen
 
 
-def is_folder(image: Any) -> bool:
+def is_folder(image: object) -> TypeGuard[str | Path]:
     return isinstance(image, str | Path) and Path(image).is_dir()
 
 
 def expand_folders(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
-    """The images, with folders replaced by the image files that lie in them, by name."""
+    """The images, with folders replaced by the image files that lie in them, by name. An empty folder remains."""
     for image in images:
-        if isinstance(image, str | Path) and is_folder(image):
-            yield from folder_images(Path(image))
+        if is_folder(image):
+            yield from _image_files(Path(image)) or [Path(image)]
         else:
             yield image
 
@@ -273,11 +278,15 @@ def folder_images(folder: Path) -> list[Path]:
     Raises:
         ValueError: if there are none.
     """
-    endings = Image.registered_extensions()
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
+    files = _image_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no images: name another folder")
     return files
+
+
+def _image_files(folder: Path) -> list[Path]:
+    endings = Image.registered_extensions()
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
 
 
 def read_rgb(image: ImageLike) -> Tensor:
@@ -290,6 +299,9 @@ def read_rgb(image: ImageLike) -> Tensor:
         ValueError, TypeError: an array has another shape or type than a call of :class:`Predictor` takes.
     """
     if isinstance(image, str | Path):
+        if is_folder(image):
+            folder_images(Path(image))
+            raise ValueError(f"{image} is a folder, where one image is wanted")
         try:
             with Image.open(image) as opened:
                 return _from_pillow(opened)
