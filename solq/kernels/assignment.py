@@ -29,8 +29,10 @@ from solq.kernels import reference
 from solq.kernels.matching_cost import check_offset_values, check_offsets, values_are_known
 from solq.kernels.runtime import backend_for
 
+ROWS_AT_ONCE = 4  # rows that the search for NaN and infinite costs reads at once
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["num_targets"])  # it differs from batch to batch
 def _linear_assignment_kernel(
     cost_ptr,  # (L, T, Q)
     target_offsets_ptr,  # (B + 1,)
@@ -39,6 +41,7 @@ def _linear_assignment_kernel(
     num_targets,
     num_queries,
     BLOCK: tl.constexpr,  # lanes, more than the queries: lane num_queries stands for "no query"
+    ROWS_AT_ONCE: tl.constexpr,
 ):
     layer, image = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = tl.maximum(tl.load(target_offsets_ptr + image).to(tl.int32), 0)
@@ -54,11 +57,13 @@ def _linear_assignment_kernel(
 
     # A NaN or infinite cost is replaced by one so large that as few as possible of them are used.
     largest = tl.zeros([BLOCK], tl.float64)
-    for row in range(num_rows):
-        cost = tl.load(cost_ptr + row * num_queries + lane, mask=is_query, other=0).to(tl.float64)
-        finite = tl.abs(cost) < INFINITY
-        largest = tl.maximum(largest, tl.where(finite, tl.abs(cost), 0))
-        tl.store(non_finite_ptr + row, tl.sum(tl.where(finite, 0, 1)))
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        rows = first + tl.arange(0, ROWS_AT_ONCE)
+        mask = (rows < num_rows)[:, None] & is_query[None, :]
+        magnitude = tl.abs(tl.load(cost_ptr + rows[:, None] * num_queries + lane[None, :], mask=mask, other=0))
+        finite = magnitude < INFINITY
+        tl.store(non_finite_ptr + rows, tl.sum(tl.where(finite, 0, 1), axis=1), mask=rows < num_rows)
+        largest = tl.maximum(largest, tl.max(tl.where(finite, magnitude, 0), axis=0).to(tl.float64))
     bound = tl.max(largest)
     worst = tl.where(bound > 0, 2 * (num_rows + 1) * bound, 1)
 
@@ -137,6 +142,7 @@ def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tens
                 T,
                 Q,
                 BLOCK=block,
+                ROWS_AT_ONCE=ROWS_AT_ONCE,
                 num_warps=_num_warps(block),
             )
     return assignment, non_finite
@@ -233,4 +239,13 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
     pointers = [name for name in signature if name.endswith("_ptr")]
     for block in (128, 512, 1024, 2048):
         label = f"linear_assignment up to {block - 1} queries"
-        yield label, _linear_assignment_kernel, signature, {"BLOCK": block}, pointers, _num_warps(block), 3, {}
+        yield (
+            label,
+            _linear_assignment_kernel,
+            signature,
+            {"BLOCK": block, "ROWS_AT_ONCE": ROWS_AT_ONCE},
+            pointers,
+            _num_warps(block),
+            3,
+            {},
+        )

@@ -32,7 +32,7 @@ ClassCost = Literal["focal", "softmax"]
 # Labels and offsets on a GPU are only known to the GPU: looking at them makes the host wait, hence a debug flag.
 CHECK_ON_DEVICE = os.environ.get("SOLQ_DEBUG", "0") == "1"
 
-BLOCK_QUERIES, NUM_WARPS = 256, 4
+BLOCK_QUERIES, NUM_WARPS = 128, 2  # of 300 queries, 384 lanes are busy; two queries per thread
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _giou(cx_a, cy_a, w_a, h_a, cx_b, cy_b, w_b, h_b):
     return intersection / tl.maximum(union, SMALLEST) - (hull - union) / tl.maximum(hull, SMALLEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images", "num_targets"])  # they differ from batch to batch
 def _matching_cost_kernel(
     logits_ptr,  # (L, B, Q, C)
     log_normalizer_ptr,  # (L, B, Q), read by the softmax cost only
@@ -143,7 +143,11 @@ def values_are_known(tensor: Tensor) -> bool:
 
 def check_offsets(target_offsets: Tensor) -> None:
     """Raise unless `target_offsets` can be (B+1,) integers."""
-    if target_offsets.ndim != 1 or target_offsets.shape[0] == 0 or target_offsets.dtype not in (torch.int32, torch.int64):
+    if (
+        target_offsets.ndim != 1
+        or target_offsets.shape[0] == 0
+        or target_offsets.dtype not in (torch.int32, torch.int64)
+    ):
         raise ValueError(
             f"target_offsets is {target_offsets.dtype} of shape {tuple(target_offsets.shape)}, "
             "must be int64 or int32 of shape (B+1,)"
