@@ -192,7 +192,7 @@ def _sample(start, bin_size, count, index, step, extent):
 def _crop_encode_kernel(
     masks_ptr,  # (K, H, W)
     boxes_ptr,  # (K, 4)
-    partial_ptr,  # (K, blocks of rows of the crop, n)
+    partial_ptr,  # (K, blocks of the crop, n)
     stride_mask,
     stride_y,
     stride_x,
@@ -200,11 +200,11 @@ def _crop_encode_kernel(
     width,
     num_coefficients,
     SIZE: tl.constexpr,
-    SIDE: tl.constexpr,
     KEPT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     number = tl.program_id(0).to(tl.int64)
@@ -216,7 +216,7 @@ def _crop_encode_kernel(
     start_x, bin_x, count_x = _bins(x0, x1, valid, SIZE)
     start_y, bin_y, count_y = _bins(y0, y1, valid, SIZE)
 
-    x = tl.arange(0, SIDE)
+    x = tl.program_id(2) * BLOCK_X + tl.arange(0, BLOCK_X)
     y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     first_x, near_x = _samples_near(start_x, bin_x, count_x, x.to(tl.float32), width)
     first_y, near_y = _samples_near(start_y, bin_y, count_y, y.to(tl.float32), height)
@@ -224,7 +224,7 @@ def _crop_encode_kernel(
     near_y = tl.where(y < SIZE, near_y, 0)
     mask_ptr = masks_ptr + number * stride_mask
 
-    total = tl.zeros((BLOCK_Y, SIDE), tl.float32)
+    total = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
     for step_y in range(tl.max(near_y)):
         above, below, share_below, inside_y = _sample(
             start_y, bin_y, count_y, y.to(tl.float32), first_y + step_y, height
@@ -251,7 +251,8 @@ def _crop_encode_kernel(
     crop = (total >= 0.5 * count_y * count_x) & (total > 0)  # without samples nothing
     tile = crop.to(tl.float16)  # exact
 
-    vector_ptr = partial_ptr + (number * tl.num_programs(1) + tl.program_id(1)) * num_coefficients
+    block = (number * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    vector_ptr = partial_ptr + block * num_coefficients
     for first_column in tl.range(0, KEPT, BLOCK_COLUMNS):
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
         half = tl.zeros((BLOCK_Y, BLOCK_COLUMNS), tl.float32)
@@ -460,15 +461,14 @@ def _encode_blocks(size: int, num_coefficients: int, exact: bool) -> dict[str, i
 
 def _crop_blocks(size: int, num_coefficients: int) -> dict[str, int]:
     kept = _kept(size, num_coefficients)
-    side = triton.next_power_of_2(size)
     return {
         "SIZE": size,
-        "SIDE": side,
         "KEPT": kept,
         "BLOCK_ROWS": min(kept, 32),
-        "BLOCK_COLUMNS": 16 if side == 256 else min(kept, 32),
+        "BLOCK_COLUMNS": min(kept, 32),
         "BLOCK_Y": 16,
-        "num_warps": 16 if side == 256 else 8,
+        "BLOCK_X": min(triton.next_power_of_2(size), 128),
+        "num_warps": 8,
     }
 
 
@@ -481,7 +481,7 @@ def _decode_blocks(size: int, num_coefficients: int, binary: bool) -> dict[str, 
         "BLOCK_COLUMNS": min(kept, 32 if kept <= 64 else 16),
         "BLOCK_Y": min(side, 32),
         "BLOCK_X": min(side, max(16, (4096 if binary and kept <= 32 else 2048) // kept)),
-        "num_warps": 4 if kept <= 32 and not binary else 8,
+        "num_warps": 4 if kept <= 32 and not binary else 8 if kept <= 64 else 16,
     }
 
 
@@ -515,11 +515,11 @@ def _launch_crop_encode(masks: Tensor, boxes: Tensor, size: int, num_coefficient
     if not K:
         return masks.new_empty(0, num_coefficients, dtype=torch.float32)
     blocks = _crop_blocks(size, num_coefficients)
-    programs_y = triton.cdiv(size, blocks["BLOCK_Y"])
-    # The transform is linear: each block of rows of the crop adds its part to the vector.
-    partial = masks.new_empty(K, programs_y, num_coefficients, dtype=torch.float32)
+    grid = (K, triton.cdiv(size, blocks["BLOCK_Y"]), triton.cdiv(size, blocks["BLOCK_X"]))
+    # The transform is linear: each block of the crop adds its part to the vector.
+    partial = masks.new_empty(K, grid[1] * grid[2], num_coefficients, dtype=torch.float32)
     with torch.cuda.device_of(masks):
-        _crop_encode_kernel[(K, programs_y)](
+        _crop_encode_kernel[grid](
             _as_bytes(masks),
             boxes.float().contiguous(),
             partial,
