@@ -7,9 +7,9 @@ Only the corner of the spectrum that holds the first n coefficients is computed:
 directions are two small matrix products per mask on tensor cores. Cosines and zigzag places are computed where they
 are needed, so there are no tables to cache, to move to a device or to keep alive for a CUDA graph.
 
-Precision. Masks of bytes are exact in float16; the cosines that multiply them are split into two float16 parts, whose
-products with a mask are exact and are summed in float32. All other products are float32 (three TF32 products on
-NVIDIA). Against a float64 DCT the error is below 1e-6 of a mask's largest coefficient.
+Precision. Masks of bytes are exact in float16; whatever multiplies them is split into two float16 parts, whose products
+are exact and are summed in float32. Float masks are multiplied in float32 (three TF32 products on NVIDIA); vectors are
+divided by their largest coefficient and split, too. The error is below 1e-6 of a mask's largest coefficient.
 
 Full-image masks are cropped as RoIAlign does (aligned, adaptive sampling; Mask R-CNN, https://arxiv.org/abs/1703.06870)
 and pasted by bilinear interpolation at pixel centres. Boxes that are inverted, empty or not finite have an empty mask.
@@ -47,10 +47,10 @@ def _cosines(frequency, position, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _scale(row, column, SIZE: tl.constexpr):
-    """What makes products of two cosines orthonormal."""
-    HALF: tl.constexpr = 0.7071067811865476
-    return 2.0 / SIZE * tl.where(row == 0, HALF, 1.0) * tl.where(column == 0, HALF, 1.0)
+def _scale(row, column):
+    """What makes products of two cosines orthonormal, but for the factor 2/N."""
+    ROOT: tl.constexpr = 0.7071067811865476
+    return tl.where(row == 0, ROOT, 1.0) * tl.where(column == 0, ROOT, 1.0)
 
 
 @triton.jit
@@ -85,6 +85,16 @@ def _split(values):
 
 
 @triton.jit
+def _dot(a, b, total):
+    """total + a @ b of float32 below 65,504 in absolute value: three float16 products, exact to 22 bits."""
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(b)
+    total = tl.dot(a_high, b_high, total)
+    total = tl.dot(a_high, b_low, total)
+    return tl.dot(a_low, b_high, total)
+
+
+@triton.jit
 def _transform_rows(half, tile, columns, x, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """Add `tile` (y, x) @ cosines (x, columns) to `half` (y, columns)."""
     cosines = _cosines(columns[None, :], x[:, None], SIZE)
@@ -101,12 +111,8 @@ def _transform_rows(half, tile, columns, x, SIZE: tl.constexpr, PRECISION: tl.co
 def _transform_columns(spectrum, half, rows, y, SIZE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """Add cosines (rows, y) @ `half` (y, columns) to `spectrum` (rows, columns)."""
     cosines = _cosines(rows[:, None], y[None, :], SIZE)
-    if EXACT:  # sums of at most 256 bytes fit in float16
-        high, low = _split(cosines)
-        half_high, half_low = _split(half)
-        spectrum = tl.dot(high, half_high, spectrum)
-        spectrum = tl.dot(high, half_low, spectrum)
-        spectrum = tl.dot(low, half_high, spectrum)
+    if EXACT:  # noqa: SIM108  # `half` are sums of at most 256 bytes
+        spectrum = _dot(cosines, half, spectrum)
     else:
         spectrum = tl.dot(cosines, half, spectrum, input_precision=PRECISION)
     return spectrum
@@ -115,7 +121,7 @@ def _transform_columns(spectrum, half, rows, y, SIZE: tl.constexpr, EXACT: tl.co
 @triton.jit
 def _store_coefficients(vector_ptr, spectrum, rows, columns, num_coefficients, SIZE: tl.constexpr):
     index = _zigzag_index(rows[:, None], columns[None, :], SIZE)
-    coefficients = spectrum * _scale(rows[:, None], columns[None, :], SIZE)
+    coefficients = spectrum * _scale(rows[:, None], columns[None, :]) * (2.0 / SIZE)
     tl.store(vector_ptr + index, coefficients, mask=index < num_coefficients)
 
 
@@ -270,31 +276,41 @@ def _crop_encode_kernel(
 
 
 @triton.jit
-def _decode_columns(
+def _largest(vector_ptr, num_coefficients):
+    """The largest coefficient's absolute value; decoding divides by it, so that float16 can hold everything."""
+    SMALLEST: tl.constexpr = 1e-30  # zero vectors stay zero
+    largest = tl.full((1024,), SMALLEST, tl.float32)
+    for first in tl.range(0, num_coefficients, 1024):
+        index = first + tl.arange(0, 1024)
+        coefficients = tl.load(vector_ptr + index, mask=index < num_coefficients, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(coefficients))
+    return tl.max(largest)
+
+
+@triton.jit
+def _decode_tile(
     vector_ptr,
+    largest,
+    y,
     x,
     num_coefficients,
     SIZE: tl.constexpr,
     KEPT: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The spectrum (KEPT, KEPT) transformed back along its rows: (KEPT, x)."""
-    rows = tl.arange(0, KEPT)
-    half = tl.zeros((KEPT, x.shape[0]), tl.float32)
-    for first_column in tl.range(0, KEPT, BLOCK_COLUMNS):
-        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-        index = _zigzag_index(rows[:, None], columns[None, :], SIZE)
-        spectrum = tl.load(vector_ptr + index, mask=index < num_coefficients, other=0).to(tl.float32)
-        spectrum *= _scale(rows[:, None], columns[None, :], SIZE)
-        half = tl.dot(spectrum, _cosines(columns[:, None], x[None, :], SIZE), half, input_precision=PRECISION)
-    return half
-
-
-@triton.jit
-def _decode_rows(half, y, SIZE: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr):
-    """`_decode_columns` transformed back along its columns: (y, x)."""
-    return tl.dot(_cosines(tl.arange(0, KEPT)[None, :], y[:, None], SIZE), half, input_precision=PRECISION)
+    """Pixels (y, x) of a decoded mask."""
+    values = tl.zeros((y.shape[0], x.shape[0]), tl.float32)
+    for first_row in tl.range(0, KEPT, BLOCK):
+        rows = first_row + tl.arange(0, BLOCK)
+        half = tl.zeros((BLOCK, x.shape[0]), tl.float32)
+        for first_column in tl.range(0, KEPT, BLOCK):
+            columns = first_column + tl.arange(0, BLOCK)
+            index = _zigzag_index(rows[:, None], columns[None, :], SIZE)
+            spectrum = tl.load(vector_ptr + index, mask=index < num_coefficients, other=0).to(tl.float32) / largest
+            spectrum *= _scale(rows[:, None], columns[None, :])
+            half = _dot(spectrum, _cosines(columns[:, None], x[None, :], SIZE), half)
+        values = _dot(_cosines(rows[None, :], y[:, None], SIZE), half, values)
+    return values * (2.0 / SIZE * largest)
 
 
 @triton.jit
@@ -303,23 +319,19 @@ def _decode_kernel(
     masks_ptr,  # (K, N, N)
     num_coefficients,
     SIZE: tl.constexpr,
+    SIDE: tl.constexpr,
     KEPT: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     number = tl.program_id(0).to(tl.int64)
+    vector_ptr = vectors_ptr + number * num_coefficients
+    y = tl.arange(0, SIDE)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    half = _decode_columns(
-        vectors_ptr + number * num_coefficients, x, num_coefficients, SIZE, KEPT, BLOCK_COLUMNS, PRECISION
-    )
-    mask_ptr = masks_ptr + number * SIZE * SIZE
-    for first_y in tl.range(0, SIZE, BLOCK_Y):
-        y = first_y + tl.arange(0, BLOCK_Y)
-        values = _decode_rows(half, y, SIZE, KEPT, PRECISION)
-        inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
-        tl.store(mask_ptr + y[:, None] * SIZE + x[None, :], values, mask=inside)
+    largest = _largest(vector_ptr, num_coefficients)
+    values = _decode_tile(vector_ptr, largest, y, x, num_coefficients, SIZE, KEPT, BLOCK)
+    inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
+    tl.store(masks_ptr + number * SIZE * SIZE + y[:, None] * SIZE + x[None, :], values, mask=inside)
 
 
 @triton.jit
@@ -328,40 +340,33 @@ def _decode_binary_kernel(
     masks_ptr,  # (K, N, N) bytes
     num_coefficients,
     SIZE: tl.constexpr,
+    SIDE: tl.constexpr,
     KEPT: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    # Decoding twice, for the extremes and for the bits, is cheaper than keeping or storing the floats.
+    # Masks of several tiles are decoded twice, for the extremes and for the bits: cheaper than to store the floats.
     number = tl.program_id(0).to(tl.int64)
     vector_ptr = vectors_ptr + number * num_coefficients
-    lowest = tl.full((BLOCK_Y, BLOCK_X), float("inf"), tl.float32)
-    highest = tl.full((BLOCK_Y, BLOCK_X), float("-inf"), tl.float32)
-    finite = tl.full((BLOCK_Y, BLOCK_X), 1, tl.int32)
+    y = tl.arange(0, SIDE)
+    largest = _largest(vector_ptr, num_coefficients)
+    lowest, highest, finite = float("inf"), float("-inf"), 1
     for first_x in tl.range(0, SIZE, BLOCK_X):
         x = first_x + tl.arange(0, BLOCK_X)
-        half = _decode_columns(vector_ptr, x, num_coefficients, SIZE, KEPT, BLOCK_COLUMNS, PRECISION)
-        for first_y in tl.range(0, SIZE, BLOCK_Y):
-            y = first_y + tl.arange(0, BLOCK_Y)
-            values = _decode_rows(half, y, SIZE, KEPT, PRECISION)
-            inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
-            finite &= (values * 0 == 0).to(tl.int32)
-            lowest = tl.minimum(lowest, tl.where(inside, values, float("inf")))
-            highest = tl.maximum(highest, tl.where(inside, values, float("-inf")))
-    middle = (tl.min(lowest) + tl.max(highest)) / 2
-    middle = tl.where(tl.min(finite) == 1, middle, float("nan"))  # nothing is above NaN: an empty mask
+        values = _decode_tile(vector_ptr, largest, y, x, num_coefficients, SIZE, KEPT, BLOCK)
+        inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
+        finite = tl.minimum(finite, tl.min((values * 0 == 0).to(tl.int32)))
+        lowest = tl.minimum(lowest, tl.min(tl.where(inside, values, float("inf"))))
+        highest = tl.maximum(highest, tl.max(tl.where(inside, values, float("-inf"))))
+    middle = (lowest + highest) / 2
+    middle = tl.where(finite == 1, middle, float("nan"))  # nothing is above NaN: an empty mask
 
     mask_ptr = masks_ptr + number * SIZE * SIZE
     for first_x in tl.range(0, SIZE, BLOCK_X):
         x = first_x + tl.arange(0, BLOCK_X)
-        half = _decode_columns(vector_ptr, x, num_coefficients, SIZE, KEPT, BLOCK_COLUMNS, PRECISION)
-        for first_y in tl.range(0, SIZE, BLOCK_Y):
-            y = first_y + tl.arange(0, BLOCK_Y)
-            values = _decode_rows(half, y, SIZE, KEPT, PRECISION)
-            inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
-            tl.store(mask_ptr + y[:, None] * SIZE + x[None, :], (values > middle).to(tl.uint8), mask=inside)
+        values = _decode_tile(vector_ptr, largest, y, x, num_coefficients, SIZE, KEPT, BLOCK)
+        inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
+        tl.store(mask_ptr + y[:, None] * SIZE + x[None, :], (values > middle).to(tl.uint8), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,6 +443,9 @@ def _paste_kernel(
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
+DECODE_PIXELS, BINARY_PIXELS = 8192, 16384  # a binary mask of 128 × 128 is one tile: decoded once
+
+
 def _kept(size: int, num_coefficients: int) -> int:
     """The side of the corner of the spectrum to compute, as matrix products like it."""
     return max(16, triton.next_power_of_2(reference.kept_rows(size, num_coefficients)))
@@ -472,16 +480,17 @@ def _crop_blocks(size: int, num_coefficients: int) -> dict[str, int]:
     }
 
 
-def _decode_blocks(size: int, num_coefficients: int, binary: bool) -> dict[str, int]:
+def _decode_blocks(size: int, num_coefficients: int, pixels: int) -> dict[str, int]:
+    """The blocks for tiles of so many pixels, over all rows of a mask."""
     kept = _kept(size, num_coefficients)
     side = triton.next_power_of_2(size)
     return {
         "SIZE": size,
+        "SIDE": side,
         "KEPT": kept,
-        "BLOCK_COLUMNS": min(kept, 32 if kept <= 64 else 16),
-        "BLOCK_Y": min(side, 32),
-        "BLOCK_X": min(side, max(16, (4096 if binary and kept <= 32 else 2048) // kept)),
-        "num_warps": 4 if kept <= 32 and not binary else 8 if kept <= 64 else 16,
+        "BLOCK": min(kept, 32),
+        "BLOCK_X": min(side, pixels // side),
+        "num_warps": 8,
     }
 
 
@@ -538,11 +547,9 @@ def _launch_decode(coefficients: Tensor, size: int) -> Tensor:
     K, n = coefficients.shape
     masks = coefficients.new_empty(K, size, size, dtype=torch.float32)
     if K:
-        blocks = _decode_blocks(size, n, binary=False)
+        blocks = _decode_blocks(size, n, DECODE_PIXELS)
         with torch.cuda.device_of(coefficients):
-            _decode_kernel[(K, triton.cdiv(size, blocks["BLOCK_X"]))](
-                coefficients.contiguous(), masks, n, **blocks, PRECISION=PRECISION
-            )
+            _decode_kernel[(K, triton.cdiv(size, blocks["BLOCK_X"]))](coefficients.contiguous(), masks, n, **blocks)
     return masks
 
 
@@ -550,9 +557,9 @@ def _launch_decode_binary(coefficients: Tensor, size: int) -> Tensor:
     K, n = coefficients.shape
     masks = coefficients.new_empty(K, size, size, dtype=torch.bool)
     if K:
-        blocks = _decode_blocks(size, n, binary=True)
+        blocks = _decode_blocks(size, n, BINARY_PIXELS)
         with torch.cuda.device_of(coefficients):
-            _decode_binary_kernel[(K,)](coefficients.contiguous(), _as_bytes(masks), n, **blocks, PRECISION=PRECISION)
+            _decode_binary_kernel[(K,)](coefficients.contiguous(), _as_bytes(masks), n, **blocks)
     return masks
 
 
@@ -879,10 +886,10 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
                     _encode_blocks(size, n, exact=dtype == "u8"),
                 )
             decode = {"vectors_ptr": "*fp32", "masks_ptr": "*fp32", "num_coefficients": "i32"}
-            yield case(f"dct_decode {shape}", _decode_kernel, decode, _decode_blocks(size, n, binary=False))
+            yield case(f"dct_decode {shape}", _decode_kernel, decode, _decode_blocks(size, n, DECODE_PIXELS))
             decode["masks_ptr"] = "*u8"
             yield case(
-                f"dct_decode_binary {shape}", _decode_binary_kernel, decode, _decode_blocks(size, n, binary=True)
+                f"dct_decode_binary {shape}", _decode_binary_kernel, decode, _decode_blocks(size, n, BINARY_PIXELS)
             )
             yield case(
                 f"crop_dct_encode u8 {shape}",
