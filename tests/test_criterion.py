@@ -1,0 +1,356 @@
+"""The losses against DETR's formulation, layer by layer and image by image, and their gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
+
+from solq.criterion import SetCriterion
+from solq.data.batch import PackedTargets
+from solq.matcher import HungarianMatcher
+from solq.models.mask_coding import DCTCoding, FlatCoding, MaskCoding, PCACoding
+from solq.models.sqr import SeparateMaskHead
+
+LAYERS, QUERIES, CLASSES, SIDE, COEFFICIENTS = 3, 6, 4, 16, 12
+
+
+def make_targets(*counts: int, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def image(index: int, n: int) -> dict[str, Any]:
+        centres = 0.3 + 0.4 * torch.rand(n, 2, generator=generator)
+        sides = 0.1 + 0.4 * torch.rand(n, 2, generator=generator)
+        return {
+            "labels": torch.randint(CLASSES, (n,), generator=generator),
+            "boxes": torch.cat([centres, sides], dim=1),
+            "masks": (torch.rand(n, SIDE, SIDE, generator=generator) > 0.4).to(torch.uint8),
+            "image_id": index,
+            "orig_size": torch.tensor([64, 96]),
+            "size": torch.tensor([64, 96]),
+        }
+
+    return [image(index, n) for index, n in enumerate(counts)]
+
+
+def make_outputs(images: int, vector: int = COEFFICIENTS, seed: int = 1, two_stage: bool = False) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def layer(queries: int) -> dict[str, Tensor]:
+        boxes = torch.cat([random(images, queries, 2), random(images, queries, 2) - 1], dim=-1).sigmoid()
+        return {"pred_logits": 2 * random(images, queries, CLASSES) - 2, "pred_boxes": boxes}
+
+    layers = [layer(QUERIES) | {"pred_vectors": random(images, QUERIES, vector)} for _ in range(LAYERS)]
+    outputs: dict[str, Any] = {**layers[-1], "aux_outputs": layers[:-1]}
+    if two_stage:
+        outputs["enc_outputs"] = layer(30)
+    return outputs
+
+
+def make_criterion(coding: MaskCoding | None = None, **settings: Any) -> SetCriterion:
+    coding = coding or DCTCoding(COEFFICIENTS, SIDE)
+    return SetCriterion(HungarianMatcher(), coding, decoder_layers=LAYERS, **settings)
+
+
+# ---- the losses as DETR writes them
+
+
+def detr_match(logits: Tensor, boxes: Tensor, target: dict[str, Any]) -> list[tuple[int, int]]:
+    """Pairs (query, target) of one image, by the cost of Deformable DETR."""
+    probability = logits.sigmoid()[:, target["labels"]]
+    negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
+    positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
+    l1 = torch.cdist(boxes, target["boxes"], p=1)
+    giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target["boxes"], "cxcywh", "xyxy"))
+    cost = 2 * (positive - negative) + 5 * l1 - 2 * giou
+    return list(zip(*linear_sum_assignment(cost.numpy()), strict=True))
+
+
+def detr_losses(
+    layer: dict[str, Tensor], targets: list[dict[str, Any]], coding: MaskCoding | None, one_class: bool = False
+) -> dict[str, Tensor]:
+    if one_class:
+        targets = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
+    num_boxes = max(sum(len(target["labels"]) for target in targets), 1)
+    onehot = torch.zeros_like(layer["pred_logits"])
+    sums: dict[str, list[Tensor]] = {"bbox": [], "giou": [], "vector": []}
+    for image, target in enumerate(targets):
+        if len(target["labels"]) == 0:
+            continue
+        boxes = layer["pred_boxes"][image]
+        for query, t in detr_match(layer["pred_logits"][image], boxes, target):
+            onehot[image, query, target["labels"][t]] = 1
+            sums["bbox"].append(F.l1_loss(boxes[query], target["boxes"][t], reduction="sum"))
+            corners = [box_convert(box[None], "cxcywh", "xyxy") for box in (boxes[query], target["boxes"][t])]
+            sums["giou"].append(1 - generalized_box_iou(*corners)[0, 0])
+            if coding:
+                vector = coding.encode(target["masks"][t : t + 1])[0]
+                sums["vector"].append((layer["pred_vectors"][image, query] - vector).abs().mean())
+    zero = torch.zeros(())
+    losses = {
+        "loss_ce": sigmoid_focal_loss(layer["pred_logits"], onehot, reduction="sum") / num_boxes,
+        "loss_bbox": sum(sums["bbox"], zero) / num_boxes,
+        "loss_giou": sum(sums["giou"], zero) / num_boxes,
+    }
+    if coding:
+        losses["loss_vector"] = 3 * sum(sums["vector"], zero) / max(len(sums["vector"]), 1)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(3, 2), (0, 4), (1, 0, 2), (0, 0), (9, 2), (6, 7)],
+    ids=["usual", "first_empty", "middle_empty", "no_object", "more_than_queries", "as_many_as_queries"],
+)
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_all_losses_against_detr(counts: tuple[int, ...], two_stage: bool) -> None:
+    criterion, targets = make_criterion(), make_targets(*counts)
+    outputs = make_outputs(len(counts), two_stage=two_stage)
+    losses = criterion(outputs, targets)
+    expected = {}
+    for index, layer in enumerate([*outputs["aux_outputs"], outputs]):
+        suffix = "" if index == LAYERS - 1 else f"_{index}"
+        for name, loss in detr_losses(layer, targets, criterion.mask_coding).items():
+            expected[name + suffix] = loss
+    if two_stage:
+        for name, loss in detr_losses(outputs["enc_outputs"], targets, None, one_class=True).items():
+            expected[f"{name}_enc"] = loss
+    assert set(losses) == set(expected)
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+    weights = {"loss_ce": 2, "loss_bbox": 5, "loss_giou": 2, "loss_vector": 1}
+    total = sum(weights["_".join(name.split("_")[:2])] * loss for name, loss in expected.items())
+    torch.testing.assert_close(criterion.total(losses), total, rtol=1e-4, atol=1e-4)
+    assert set(losses) <= set(criterion.weight_dict)
+
+
+def test_packed_targets_give_the_same() -> None:
+    criterion, targets, outputs = make_criterion(), make_targets(3, 0, 2), make_outputs(3)
+    from_list = criterion(outputs, targets)
+    from_packed = criterion(outputs, PackedTargets.pack(targets))
+    assert from_list == from_packed
+
+
+def test_perfect_predictions() -> None:
+    criterion, targets = make_criterion(), make_targets(2, 3)
+    outputs = make_outputs(2)
+    for layer in (outputs, *outputs["aux_outputs"]):
+        layer["pred_logits"][:] = -20.0
+        for image, target in enumerate(targets):
+            for t in range(len(target["labels"])):
+                layer["pred_logits"][image, 5 - t, target["labels"][t]] = 20.0
+                layer["pred_boxes"][image, 5 - t] = target["boxes"][t]
+                layer["pred_vectors"][image, 5 - t] = criterion.mask_coding.encode(target["masks"][t : t + 1])[0]
+    for name, loss in criterion(outputs, targets).items():
+        assert abs(loss) < 1e-5, name
+
+
+def test_degenerate_boxes() -> None:
+    """Boxes without area, of targets and of predictions, give finite losses and gradients."""
+    criterion, targets = make_criterion(), make_targets(3)
+    targets[0]["boxes"][0, 2:] = 0
+    targets[0]["boxes"][1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    outputs = make_outputs(1)
+    outputs["pred_boxes"][0, :3] = targets[0]["boxes"]
+    outputs["pred_boxes"][0, 3:, 2:] = 0
+    outputs["pred_boxes"].requires_grad_()
+    losses = criterion(outputs, targets)
+    criterion.total(losses).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert outputs["pred_boxes"].grad.isfinite().all()
+
+
+# ---- gradients
+
+
+class FixedMatcher(HungarianMatcher):
+    """Always the same pairs: where a matching changes, losses have no derivative."""
+
+    def match(self, logits: Tensor, *_: Tensor) -> Tensor:
+        return torch.tensor([4, 1, 0, -1, 2]).expand(len(logits), -1)
+
+
+def in_float64(outputs: dict[str, Any]) -> dict[str, Any]:
+    layers = [*outputs["aux_outputs"], {k: v for k, v in outputs.items() if k.startswith("pred")}]
+    layers = [{name: value.double() for name, value in layer.items()} for layer in layers]
+    return {**layers[-1], "aux_outputs": layers[:-1]}
+
+
+@pytest.mark.parametrize(
+    ("loss", "output"),
+    [
+        ("loss_ce", "pred_logits"),
+        ("loss_bbox", "pred_boxes"),
+        ("loss_giou", "pred_boxes"),
+        ("loss_vector", "pred_vectors"),
+    ],
+)
+@pytest.mark.parametrize("coding", [DCTCoding(COEFFICIENTS, SIDE), FlatCoding(SIDE)], ids=["dct", "flat"])
+def test_gradients_by_finite_differences(
+    loss: str, output: str, coding: MaskCoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = coding.encode
+    monkeypatch.setattr(coding, "encode", lambda masks: encode(masks).double())
+    criterion = SetCriterion(FixedMatcher(), coding, decoder_layers=LAYERS)
+    packed = PackedTargets.pack(make_targets(2, 3))
+    packed.boxes = packed.boxes.double()
+    outputs = in_float64(make_outputs(2, coding.num_coefficients if loss == "loss_vector" else 2))
+    if loss != "loss_vector":
+        del outputs["pred_vectors"]
+    # Two images, all queries, but few classes or coefficients: finite differences cost two calls per number.
+    inputs = outputs[output][..., :14].clone().requires_grad_()
+    rest = outputs[output][..., 14:]
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        layer = {**outputs, output: torch.cat([x, rest], dim=-1)}
+        losses = criterion({**layer, "aux_outputs": [layer, *outputs["aux_outputs"][1:]]}, packed)
+        return losses[loss], losses[f"{loss}_0"]
+
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-5)
+    assert torch.autograd.grad(function(inputs)[0], inputs)[0].abs().sum() > 0
+
+
+def test_unmatched_targets_have_no_gradient() -> None:
+    """Targets beyond the queries count as boxes, and nothing else."""
+    criterion = SetCriterion(FixedMatcher(), DCTCoding(COEFFICIENTS, SIDE), decoder_layers=LAYERS)
+    outputs, targets = make_outputs(2), make_targets(2, 3)
+    outputs["pred_boxes"].requires_grad_()
+    criterion(outputs, targets)["loss_bbox"].backward()
+    touched = outputs["pred_boxes"].grad.abs().sum(-1) > 0
+    assert touched.nonzero().tolist() == [[0, 1], [0, 4], [1, 0], [1, 2]]
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_start_of_the_vector_loss(start: int) -> None:
+    criterion, outputs, targets = make_criterion(vector_loss_start=start), make_outputs(2), make_targets(2, 1)
+    losses, all_layers = criterion(outputs, targets), make_criterion()(outputs, targets)
+    names = [name for name in losses if name.startswith("loss_vector")]
+    assert sorted(names) == sorted(["loss_vector_0", "loss_vector_1", "loss_vector"][start:])
+    assert all(torch.equal(losses[name], all_layers[name]) for name in losses)
+
+
+@pytest.mark.parametrize("start", [-1, LAYERS])
+def test_start_of_the_vector_loss_out_of_range(start: int) -> None:
+    with pytest.raises(ValueError, match=f"vector_loss_start is {start}, must be 0 to 2"):
+        make_criterion(vector_loss_start=start)
+
+
+def test_weight_of_the_vector_loss() -> None:
+    outputs, targets = make_outputs(2), make_targets(2, 1)
+    one = make_criterion(vector_loss_weight=1.0)(outputs, targets)
+    seven = make_criterion(vector_loss_weight=7.0)(outputs, targets)
+    for name, loss in one.items():
+        torch.testing.assert_close(seven[name], loss * (7 if "vector" in name else 1))
+
+
+def test_flat_coding() -> None:
+    """L2 plus dice of the masks themselves (paper, Table 3a)."""
+    coding = FlatCoding(SIDE)
+    criterion, targets = make_criterion(coding), make_targets(2, 1)
+    outputs = make_outputs(2, vector=SIDE**2)
+    got = criterion(outputs, targets)["loss_vector"]
+    expected = []
+    for image, target in enumerate(targets):
+        for query, t in detr_match(outputs["pred_logits"][image], outputs["pred_boxes"][image], target):
+            vector, mask = outputs["pred_vectors"][image, query], target["masks"][t].flatten().float()
+            dice = 1 - (2 * (vector * mask).sum() + 1) / (vector.square().sum() + mask.square().sum() + 1)
+            expected.append(F.mse_loss(vector, mask) + dice)
+    torch.testing.assert_close(got, 3 * torch.stack(expected).mean())
+
+
+def test_pca_coding() -> None:
+    coding = PCACoding(COEFFICIENTS, SIDE)
+    coding.fit(torch.cat([target["masks"] for target in make_targets(20, 20, seed=7)]))
+    criterion, outputs, targets = make_criterion(coding), make_outputs(2), make_targets(2, 1)
+    expected = detr_losses(outputs, targets, coding)["loss_vector"]
+    torch.testing.assert_close(criterion(outputs, targets)["loss_vector"], expected)
+
+
+def test_without_masks() -> None:
+    """mask_branch="none": no vectors among the outputs, no loss of them."""
+    outputs = make_outputs(2)
+    for layer in (outputs, *outputs["aux_outputs"]):
+        del layer["pred_vectors"]
+    losses = make_criterion()(outputs, make_targets(2, 1))
+    assert {name.split("_")[1] for name in losses} == {"ce", "bbox", "giou"}
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 0), (8, 1)])
+def test_separate_mask_branch(counts: tuple[int, int]) -> None:
+    """Its losses are those of the matched pairs of the last layer, over the number of boxes."""
+    torch.manual_seed(0)
+    head = SeparateMaskHead(64, 4, [24, 40])
+    shapes = [(8, 12), (4, 6), (2, 3)]
+    S = sum(h * w for h, w in shapes)
+    features = [torch.randn(2, 24, 8, 12), torch.randn(2, 40, 4, 6)]
+    padding = torch.zeros(2, S, dtype=torch.bool)
+    prepared = head(torch.randn(2, QUERIES, 64), torch.randn(2, S, 64), padding, shapes, features)
+    outputs, targets = make_outputs(2), make_targets(*counts)
+    for layer in (outputs, *outputs["aux_outputs"]):
+        del layer["pred_vectors"]
+    outputs["mask_features"] = prepared
+    criterion = SetCriterion(HungarianMatcher(), DCTCoding(COEFFICIENTS, SIDE), head, decoder_layers=LAYERS)
+    losses = criterion(outputs, targets)
+    sums = {"loss_mask": torch.zeros(()), "loss_dice": torch.zeros(())}
+    for image, target in enumerate(targets):
+        if len(target["labels"]):
+            for query, t in detr_match(outputs["pred_logits"][image], outputs["pred_boxes"][image], target):
+                logits = head.mask_logits(prepared, torch.tensor([image]), torch.tensor([query]))
+                pair = head.loss(logits, target["masks"][t][None], target["boxes"][t][None], target["size"][None])
+                sums = {name: value + pair[name][0] for name, value in sums.items()}
+    for name, value in sums.items():
+        torch.testing.assert_close(losses[name], value / max(sum(counts), 1), rtol=1e-4, atol=1e-6)
+        assert criterion.weight_dict[name] == 1
+    criterion.total(losses).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+# ---- accumulation
+
+
+@pytest.mark.parametrize("counts", [(3, 2, 0, 1), (9, 0, 8, 1), (0, 0, 0, 0)])
+def test_parts_of_a_batch_add_up_to_the_batch(counts: tuple[int, ...]) -> None:
+    criterion, targets, outputs = make_criterion(), make_targets(*counts), make_outputs(len(counts), two_stage=True)
+    whole = criterion(outputs, targets)
+    parts = [PackedTargets.pack(targets[:3]), PackedTargets.pack(targets[3:])]
+    num_boxes = criterion.count_boxes(parts, QUERIES)
+    added: dict[str, Tensor] = {}
+    for part, images in zip(parts, (slice(0, 3), slice(3, 4)), strict=True):
+        of_part = torch.utils._pytree.tree_map(lambda x, images=images: x[images], outputs)
+        for name, loss in criterion(of_part, part, num_boxes).items():
+            added[name] = added.get(name, 0) + loss
+    for name, loss in whole.items():
+        torch.testing.assert_close(added[name], loss, rtol=1e-5, atol=1e-6)
+
+
+def test_counts_of_boxes() -> None:
+    """All targets, and those that can be matched; at least one of both."""
+    packed = [PackedTargets.pack(make_targets(9, 0)), PackedTargets.pack(make_targets(2))]
+    assert SetCriterion.count_boxes(packed, QUERIES).tolist() == [11, 8]
+    assert SetCriterion.count_boxes([PackedTargets.pack(make_targets(0))], QUERIES).tolist() == [1, 1]
+
+
+def test_labels_beyond_the_classes() -> None:
+    targets = make_targets(2)
+    targets[0]["labels"][1] = CLASSES
+    with pytest.raises((IndexError, ValueError)):
+        make_criterion()(make_outputs(1), targets)
+
+
+def test_one_graph_without_breaks() -> None:
+    torch.compiler.reset()
+    criterion, targets, outputs = make_criterion(), PackedTargets.pack(make_targets(2, 3)), make_outputs(2)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)(outputs, targets)
+    for name, loss in criterion(outputs, targets).items():
+        torch.testing.assert_close(compiled[name], loss)
+    torch.compiler.reset()
