@@ -149,6 +149,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
     network: nn.Module = model
     if config.compile:
         torch._dynamo.config.recompile_limit = len(sizes) + 1  # one graph per padded size
+        if device.type == "cpu":  # where storing the masks of ReLUs takes longer than computing them again
+            torch._functorch.config.aggressive_recomputation = True
         network = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
     if world_size > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)

@@ -19,9 +19,10 @@ from pycocotools import mask as coco_mask
 CLASS_NAMES = ("disc", "triangle", "cross", "ring", "stick", "dots")
 SETTINGS_FILE = "shapes.json"
 
-_VERSION = 1  # of the drawing: raise it when the same settings give other pictures
+_VERSION = 2  # of the drawing: raise it when the same settings give other pictures
 _SUPERSAMPLING = 3
-_LEAST_VISIBLE = 0.45
+_LEAST_VISIBLE = 0.6
+_MOST_TURNED = np.pi / 8  # but for sticks, which lie any way
 
 Outline = NDArray[np.float64]  # (V, 2) x, y
 
@@ -165,8 +166,8 @@ def _paint(rng: np.random.Generator, canvas: NDArray[np.float32], coverage: NDAr
 def _draw_shape(rng: np.random.Generator, name: str, size: int) -> tuple[NDArray[np.float32], float]:
     """Coverage (size, size) in 0..1 of one shape at a random place, and its area in pixels had nothing cut it off."""
     filled, holes = _outlines(rng, name)
-    radius = rng.uniform(0.13, 0.26) * size  # half the longer side
-    angle = rng.uniform(0, 2 * np.pi)
+    radius = rng.uniform(0.14, 0.27) * size  # half the longer side
+    angle = rng.uniform(0, np.pi) if name == "stick" else rng.uniform(-_MOST_TURNED, _MOST_TURNED)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     centre = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
     layer = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING))
