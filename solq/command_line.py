@@ -33,6 +33,9 @@ def command_line(description: str | None = None, args: Sequence[str] | None = No
 
 
 def _one_line(complaint: str) -> str:
-    """What argparse says in its last line and tyro in the first part of a box."""
-    boxed = re.findall(r"│ (.*?) *│", complaint.split("│ ──")[0])
-    return " ".join(boxed) or complaint.strip().splitlines()[-1].partition("error: ")[2]
+    """What argparse says in its last line, and tyro below the title of a box, above its first rule."""
+    lines = [line.strip(" │") for line in complaint.splitlines()]
+    if lines[0].startswith("usage:"):
+        return lines[-1].partition("error: ")[2]
+    parts = re.split(r"^[─-]{3,}$", "\n".join(lines[1:]), flags=re.MULTILINE)
+    return " ".join(next(part for part in parts if part.strip()).split())

@@ -1,0 +1,162 @@
+"""Settings: the published recipe, the presets, what the command line makes of them, and what is refused."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from solq.command_line import _one_line, command_line
+from solq.config import ModelConfig, Preset, TrainConfig, check_continues, check_settings, preset
+
+
+def test_defaults_are_the_published_model_and_recipe() -> None:
+    model = ModelConfig()
+    assert (model.width, model.num_heads, model.encoder_layers, model.decoder_layers) == (384, 8, 6, 6)
+    assert (model.feedforward, model.dropout, model.num_queries, model.num_levels) == (1024, 0.1, 300, 4)
+    assert (model.num_points, model.num_classes, model.vector_hidden) == (4, 91, 1024)
+    config = TrainConfig()
+    assert (config.lr, config.lr_backbone, config.lr_points, config.weight_decay) == (2e-4, 2e-5, 2e-5, 1e-4)
+    assert (config.epochs, config.lr_drop * config.epochs, config.batch_size, config.clip_norm) == (50, 40, 32, 0.1)
+    assert config.scales == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert (config.max_size, config.eval_scale, config.vector_loss_weight) == (1333, 800, 3.0)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize("name", get_args(Preset))
+def test_every_preset_is_a_run(name: Preset, cpu: bool) -> None:
+    config = preset(name, cpu=cpu)
+    check_settings(config)
+    assert config.preset == name
+    assert config.batch_size >= 1
+
+
+def test_presets() -> None:
+    assert preset("r50", cpu=False) == TrainConfig(preset="r50")
+    assert preset("r101", cpu=False).model.backbone == "resnet101"
+    swin = preset("swin-l", cpu=False)
+    assert (swin.model.backbone, min(swin.scales), max(swin.scales), swin.max_size) == ("swin-l", 416, 1088, 1536)
+    assert preset("shapes", cpu=True).backbone_weights == "none"
+    with pytest.raises(ValueError, match="preset is 'r18', must be one of shapes, r50, r101, swin-l"):
+        preset("r18", cpu=True)
+
+
+# ---- the command line
+
+
+def test_flags_change_the_preset() -> None:
+    flags = [
+        "--preset",
+        "r50",
+        "--device",
+        "cpu",
+        "--model.width",
+        "64",
+        "--scales",
+        "64",
+        "96",
+        "--amp",
+        "--data",
+        "d",
+    ]
+    config = command_line(args=flags)
+    expected = preset("r50", cpu=True)
+    expected = replace(
+        expected, device="cpu", model=replace(expected.model, width=64), scales=(64, 96), amp=True, data=Path("d")
+    )
+    assert config == expected
+    assert command_line(args=["--preset=r101", "--device=cpu", "--no-crop"]) == replace(
+        preset("r101", cpu=True), device="cpu", crop=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--foo 3", "--foo"),
+        ("--lr fast", "--lr"),
+        ("--steps", "--steps"),
+        ("--preset r18", "'r18'"),
+        ("--device tpu", "'tpu'"),
+        ("--model.backbone vgg", "vgg"),
+        ("--model.mask-coding jpeg", "jpeg"),
+        ("leftover", "leftover"),
+    ],
+)
+def test_wrong_flags(flags: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command_line(args=flags.split())
+    message = end.value.code
+    assert isinstance(message, str)
+    assert message.startswith("error: ")
+    assert named in message
+    assert "--help" in message
+    assert "\n" not in message
+    assert "│" not in message
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rule", ["─", "-"])
+def test_boxes_of_tyro_with_and_without_unicode(rule: str) -> None:
+    side = " │ " if rule == "─" else "   "
+    box = [
+        " Title " + 5 * rule,
+        f"{side}What is{side}",
+        f"{side}wrong.{side}",
+        side + 9 * rule + side,
+        f"{side}Help{side}",
+    ]
+    if rule == "-":
+        box.insert(1, 9 * rule)
+    assert _one_line("\n".join(box)) == "What is wrong."
+
+
+def test_help_lists_fields_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command_line("What it does.", ["--help", "--preset", "r50", "--device", "cpu"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "What it does." in text
+    for name, value in asdict(preset("r50", cpu=True)).items():
+        assert f"--{name.replace('_', '-')}" in text, name
+        if isinstance(value, float):
+            assert f"default: {value}" in text, name
+    for name in asdict(ModelConfig()):
+        assert f"--model.{name.replace('_', '-')}" in text, name
+
+
+# ---- checks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, must be at least 1"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"save_every": -1}, "save_every is -1"),
+        ({"workers": -1}, "workers is -1, must be at least 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"scales": ()}, r"scales is \(\)"),
+        ({"steps": 0}, "steps is 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 6, "accumulate": 4}, r"batch_size is 6, must be a multiple of accumulate \(4\)"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"vector_loss_start": 3, "model": ModelConfig(decoder_layers=3)}, "vector_loss_start is 3, .* the 3 decoder"),
+        ({"model": ModelConfig(num_queries=0)}, "model.num_queries is 0, must be at least 1"),
+        ({"model": ModelConfig(mask_size=0)}, "model.mask_size is 0"),
+    ],
+)
+def test_numbers_that_no_run_can_have(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        check_settings(replace(preset("shapes", cpu=True), **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_run_can_be_continued_with() -> None:
+    config = preset("shapes", cpu=True)
+    before = asdict(config)
+    check_continues(replace(config, lr=1.0, steps=7, workers=0, resume=True, ema_decay=0.5), before, Path("run"))
+    check_continues(replace(config, model=replace(config.model, gradient_checkpointing=True)), before, Path("run"))
+    for change in ({"batch_size": 8}, {"seed": 1}, {"accumulate": 2}, {"model": replace(config.model, width=256)}):
+        with pytest.raises(ValueError, match=r"^run is of a run with .*: give --resume the settings that"):
+            check_continues(replace(config, **change), before, Path("run"))
