@@ -1,0 +1,80 @@
+"""The compiled extension of Deformable DETR, without compiling: ``import solq.drop_in.msda`` before the model.
+
+After that, ``import MultiScaleDeformableAttention as MSDA`` finds this module: the two functions below have the
+signatures of the extension (https://github.com/fundamentalvision/Deformable-DETR, models/ops/src), which Deformable
+DETR, DINO, DN-DETR, Mask2Former, MaskDINO, SOLQ and others wrap in a `torch.autograd.Function` of their own. Unlike the
+extension they serve every floating dtype, any batch size whatever the `im2col_step`, and tensors on a CPU.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from solq.kernels import ms_deform_attn
+from solq.kernels.runtime import backend_for
+
+EXTENSION = "MultiScaleDeformableAttention"
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """`solq.kernels.ms_deform_attn` under the name, and with the arguments, of the extension.
+
+    Args:
+        value: (B, S, M, D).
+        spatial_shapes: (L, 2) rows (H, W), int64.
+        level_start_index: (L,) int64.
+        sampling_loc: (B, Q, M, L, P, 2) as (x, y), 0..1.
+        attn_weight: (B, Q, M, L, P).
+        im2col_step: accepted and not needed: nothing is ever unfolded into columns.
+
+    Returns:
+        (B, Q, M·D), of the dtype of `value`, under autocast too.
+
+    Raises:
+        TypeError, ValueError: as `solq.kernels.ms_deform_attn`.
+    """
+    with torch.autocast(value.device.type, enabled=False):
+        return ms_deform_attn(value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    grad_output: Tensor,
+    im2col_step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `ms_deform_attn_forward`.
+
+    Args:
+        grad_output: (B, Q, M·D); the others as in the forward pass.
+
+    Returns:
+        (grad_value, grad_sampling_loc, grad_attn_weight), of the shapes and dtypes of the three arguments.
+    """
+    if backend_for(value) == "triton":
+        return torch.ops.solq.ms_deform_attn_backward(
+            grad_output, value, spatial_shapes, level_start_index, sampling_loc, attn_weight
+        )
+    inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight)]
+    with torch.enable_grad():
+        output = ms_deform_attn_forward(inputs[0], spatial_shapes, level_start_index, *inputs[1:], im2col_step)
+    grad_value, grad_locations, grad_weights = torch.autograd.grad(output, inputs, grad_output)
+    return grad_value, grad_locations, grad_weights
+
+
+if sys.modules.setdefault(EXTENSION, sys.modules[__name__]) is not sys.modules[__name__]:
+    raise ImportError(
+        f"{EXTENSION} was already imported from {sys.modules[EXTENSION].__file__}: "
+        "import solq.drop_in.msda before the model that imports it"
+    )
