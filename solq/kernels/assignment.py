@@ -12,8 +12,7 @@ If an image has more targets than queries, some target must stay without one. Th
 and costs every target the same: it takes part as soon as all queries are taken, and whoever is assigned to it by the
 last step of a path is left out. Nothing has to be transposed.
 
-The arithmetic is float64, as SciPy's: both find the same indices, exact ties apart. It is one add per lane and step,
-which hides behind the read of the row.
+The arithmetic is float64, as SciPy's: both find the same indices, exact ties apart.
 """
 
 from collections.abc import Iterator
@@ -29,8 +28,6 @@ from solq.kernels import reference
 from solq.kernels.matching_cost import check_offset_values, check_offsets, values_are_known
 from solq.kernels.runtime import backend_for
 
-ROWS_AT_ONCE = 4  # rows that the search for NaN and infinite costs reads at once
-
 
 @triton.jit(do_not_specialize=["num_targets"])  # it differs from batch to batch
 def _linear_assignment_kernel(
@@ -41,7 +38,6 @@ def _linear_assignment_kernel(
     num_targets,
     num_queries,
     BLOCK: tl.constexpr,  # lanes, more than the queries: lane num_queries stands for "no query"
-    ROWS_AT_ONCE: tl.constexpr,
 ):
     layer, image = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = tl.maximum(tl.load(target_offsets_ptr + image).to(tl.int32), 0)
@@ -57,13 +53,11 @@ def _linear_assignment_kernel(
 
     # A NaN or infinite cost is replaced by one so large that as few as possible of them are used.
     largest = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, num_rows, ROWS_AT_ONCE):
-        rows = first + tl.arange(0, ROWS_AT_ONCE)
-        mask = (rows < num_rows)[:, None] & is_query[None, :]
-        magnitude = tl.abs(tl.load(cost_ptr + rows[:, None] * num_queries + lane[None, :], mask=mask, other=0))
-        finite = magnitude < INFINITY
-        tl.store(non_finite_ptr + rows, tl.sum(tl.where(finite, 0, 1), axis=1), mask=rows < num_rows)
-        largest = tl.maximum(largest, tl.max(tl.where(finite, magnitude, 0), axis=0).to(tl.float64))
+    for row in range(num_rows):
+        cost = tl.load(cost_ptr + row * num_queries + lane, mask=is_query, other=0).to(tl.float64)
+        finite = tl.abs(cost) < INFINITY
+        tl.store(non_finite_ptr + row, tl.sum(tl.where(finite, 0, 1)))
+        largest = tl.maximum(largest, tl.where(finite, tl.abs(cost), 0))
     bound = tl.max(largest)
     worst = tl.where(bound > 0, 2 * (num_rows + 1) * bound, 1)
 
@@ -121,9 +115,10 @@ def _linear_assignment_kernel(
     tl.store(assignment_ptr + row_of, lane.to(tl.int64), mask=row_of >= 0)
 
 
-def _num_warps(block: int) -> int:
-    """Eight lanes per thread: what is known of them fits the registers, and a reduction spans few warps."""
-    return min(max(1, block // 256), 16)
+def _launch(num_queries: int) -> tuple[int, int]:
+    """Lanes and warps: four lanes per thread, so that all that is known of them fits the registers."""
+    block = max(triton.next_power_of_2(num_queries + 1), 128)
+    return block, min(block // 128, 16)
 
 
 def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +127,7 @@ def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tens
     assignment = cost.new_full((L, T), -1, dtype=torch.int64)
     non_finite = cost.new_zeros((L, T), dtype=torch.int64)
     if cost.numel() > 0:
-        block = triton.next_power_of_2(Q + 1)
+        block, num_warps = _launch(Q)
         with torch.cuda.device_of(cost):
             _linear_assignment_kernel[(L, B)](
                 cost.contiguous(),
@@ -142,8 +137,7 @@ def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tens
                 T,
                 Q,
                 BLOCK=block,
-                ROWS_AT_ONCE=ROWS_AT_ONCE,
-                num_warps=_num_warps(block),
+                num_warps=num_warps,
             )
     return assignment, non_finite
 
@@ -237,15 +231,7 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
         "num_queries": "i32",
     }
     pointers = [name for name in signature if name.endswith("_ptr")]
-    for block in (128, 512, 1024, 2048):
-        label = f"linear_assignment up to {block - 1} queries"
-        yield (
-            label,
-            _linear_assignment_kernel,
-            signature,
-            {"BLOCK": block, "ROWS_AT_ONCE": ROWS_AT_ONCE},
-            pointers,
-            _num_warps(block),
-            3,
-            {},
-        )
+    for queries in (127, 511, 1023, 2047):
+        block, num_warps = _launch(queries)
+        label = f"linear_assignment up to {queries} queries"
+        yield label, _linear_assignment_kernel, signature, {"BLOCK": block}, pointers, num_warps, 3, {}
