@@ -10,8 +10,8 @@ kernel and configuration that a launch can choose:
     signature     dict of every argument but the constexprs, in any order: {"logits_ptr": "*fp32", "num_queries": "i32"}
                   ("*fp64", "*fp32", "*bf16", "*fp16", "*i64", "*i32", "*u8", "*i1", "fp32", "i32", "i64")
     constexprs    dict of every constexpr argument: {"BLOCK_QUERIES": 128}
-    attrs         names of the arguments known to be divisible by 16; torch's allocations are 16-byte aligned, so this is
-                  usually [name for name in signature if name.endswith("_ptr")]
+    attrs         names of the arguments known to be divisible by 16; torch's allocations are 16-byte aligned, so this
+                  is usually [name for name in signature if name.endswith("_ptr")]
     num_warps     int
     num_stages    int
     expectations  dict of what the table must show, empty where nothing is promised. Besides, no case may ever spill.
@@ -41,6 +41,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from solq.kernels.runtime import LAUNCH_OPTIONS
 
 MODULES = ("ms_deform_attn", "mask_dct", "matching_cost", "assignment")
 TARGETS = {
@@ -89,13 +91,13 @@ def _nvidia(target: str, compiled: Any) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([tool, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
-    registers, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "LOCAL"))
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
     atomics = {_atomic_name(line) for line in ptx.splitlines() if re.search(r"\b(red|atom)\.", line)}
     shared = compiled.metadata.shared
     return {
         "registers": registers,
-        "spills": local,
+        "spills": stack,
         "shared": shared,
         "occupancy": _occupancy(target, compiled.metadata.num_warps, registers, shared),
         "load": max((int(vector or 1) * int(bits) // 8 for vector, bits in loads), default=0),
@@ -136,7 +138,7 @@ def compile_case(module: str, index: int, target: str) -> Row:
         constexprs=constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in attrs},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **LAUNCH_OPTIONS}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     found = _amd(compiled) if target.startswith("gfx") else _nvidia(target, compiled)
     broken = []

@@ -26,7 +26,7 @@ Determinism
     the largest sum possible, about 2⁻⁴⁰ of the largest output gradient at encoder shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +63,25 @@ def _load_pairs(ptr, index, mask):
         x = pair.to(tl.int16).to(dtype, bitcast=True)
         y = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
     return x, y
+
+
+@triton.jit
+def _store_pairs(ptr, index, x, y, mask):
+    """The counterpart of `_load_pairs`."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    x = x.to(dtype)
+    y = y.to(dtype)
+    if dtype.primitive_bitwidth == 64:
+        tl.store(ptr + 2 * index, x, mask=mask)
+        tl.store(ptr + 2 * index + 1, y, mask=mask)
+    elif dtype.primitive_bitwidth == 32:
+        low = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        high = y.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        tl.store(ptr.to(tl.pointer_type(tl.int64)) + index, low | high, mask=mask)
+    else:
+        low = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        high = y.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        tl.store(ptr.to(tl.pointer_type(tl.int32)) + index, low | high, mask=mask)
 
 
 @triton.jit
@@ -110,6 +129,12 @@ def _corners(position, size):
 
 
 @triton.jit
+def _block(FIRST: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr):
+    """The words (1, n) of the block from FIRST on: BLOCK_WORDS, or LAST_BLOCK in the last one, where fewer are left."""
+    return FIRST + tl.arange(0, BLOCK_WORDS if FIRST + BLOCK_WORDS <= WORDS else LAST_BLOCK)[None, :]
+
+
+@triton.jit
 def _load_channels(word_ptr, mask, DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr):
     """Channels by words: a tuple with one tile, or with the even and the odd channels where a word holds two."""
     word = tl.load(word_ptr, mask=mask, other=None if mask is None else 0)
@@ -130,10 +155,10 @@ def _words(ptr, PACK: tl.constexpr):
 
 
 @triton.jit
-def _softmax_statistics(
+def _log_sum_exp(
     logits_ptr, first_sample, in_queries, K: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """The largest logit of each query and the sum of exponentials, over its K logits."""
+    """log Σ exp over the K logits of each query."""
     largest = tl.full(first_sample.shape, float("-inf"), COMPUTE)
     total = tl.zeros(first_sample.shape, COMPUTE)
     for start in range(0, K, BLOCK_K):
@@ -145,24 +170,35 @@ def _softmax_statistics(
         finite = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp(largest - finite) + tl.sum(tl.exp(logits - finite[:, None]), axis=1)
         largest = larger
-    return largest, total
+    return largest + tl.log(total)
 
 
 @triton.jit
 def _add_samples(
-    accumulators, row_ptr, row, weight, word,
-    STRIDE: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    accumulators, row_ptr, row, weight,
+    STRIDE: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Add one corner of each query's sample, `weight` times its row."""
     row_ptr += row.to(tl.int64)[:, None] * STRIDE
     updated = ()
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        mask = None if first + BLOCK_WORDS <= WORDS else first + word < WORDS
-        channels = _load_channels(row_ptr + first, mask, DTYPE, PACK, COMPUTE)
+        word = _block(first, WORDS, BLOCK_WORDS, LAST_BLOCK)
+        mask = None if first + word.shape[1] <= WORDS else word < WORDS
+        channels = _load_channels(row_ptr + word, mask, DTYPE, PACK, COMPUTE)
         for half in tl.static_range(PACK):
             updated += (accumulators[first // BLOCK_WORDS * PACK + half] + weight[:, None] * channels[half],)
     return updated
+
+
+@triton.jit
+def _store_block(ptr, tiles, in_queries, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PACK: tl.constexpr):
+    """Store a block of channels, even and odd ones in turn where there are two tiles; CHANNELS are left in the row."""
+    tile = tiles[BLOCK * PACK]
+    if PACK == 2:
+        tile = tl.interleave(tile, tiles[BLOCK * PACK + 1])
+    channel = tl.arange(0, tile.shape[1])[None, :]
+    tl.store(ptr + channel, tile, mask=in_queries[:, None] & (channel < CHANNELS))
 
 
 @triton.jit
@@ -172,7 +208,7 @@ def _forward_kernel(
     M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     CHANNELS: tl.constexpr,  # of the D of each head, from channel_start on, that this launch computes
     REFERENCE: tl.constexpr, COMPUTE: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = value_ptr.dtype.element_ty
     K: tl.constexpr = L * P
@@ -185,16 +221,16 @@ def _forward_kernel(
     in_queries = query < num_queries
     query = query.to(tl.int64) + image.to(tl.int64) * num_queries
     first_sample = (query * M + head) * K
-    word = tl.arange(0, BLOCK_WORDS)[None, :]
-    first_word = (head * D + channel_start) // PACK
-    row_ptr = _words(value_ptr, PACK) + image.to(tl.int64) * num_rows * STRIDE + first_word + word
+    row_ptr = _words(value_ptr, PACK) + image.to(tl.int64) * num_rows * STRIDE + (head * D + channel_start) // PACK
 
     if REFERENCE > 0:
-        largest, total = _softmax_statistics(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
-        normalizer = 1.0 / total
+        log_total = _log_sum_exp(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
     accumulators = ()
-    for _tile in tl.static_range(tl.cdiv(WORDS, BLOCK_WORDS) * PACK):
-        accumulators += (tl.zeros([BLOCK_QUERIES, BLOCK_WORDS], COMPUTE),)
+    for first in tl.static_range(0, WORDS, BLOCK_WORDS):
+        for _half in tl.static_range(PACK):
+            accumulators += (
+                tl.zeros([BLOCK_QUERIES, BLOCK_WORDS if first + BLOCK_WORDS <= WORDS else LAST_BLOCK], COMPUTE),
+            )
 
     for level in range(L):
         height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
@@ -205,7 +241,7 @@ def _forward_kernel(
             x, y = _load_pairs(coordinates_ptr, sample, in_queries)
             weight = tl.load(weights_ptr + sample, mask=in_queries, other=0.0).to(COMPUTE)
             if REFERENCE > 0:
-                weight = tl.exp(weight - largest) * normalizer
+                weight = tl.exp(weight - log_total)
             left, right, weight_l, weight_r, _in_l, _in_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
             top, bottom, weight_t, weight_b, _in_t, _in_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
             top = start + top * width
@@ -213,55 +249,78 @@ def _forward_kernel(
             weight_t *= weight
             weight_b *= weight
             accumulators = _add_samples(
-                accumulators, row_ptr, top + left, weight_t * weight_l, word,
-                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+                accumulators, row_ptr, top + left, weight_t * weight_l,
+                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
             accumulators = _add_samples(
-                accumulators, row_ptr, top + right, weight_t * weight_r, word,
-                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+                accumulators, row_ptr, top + right, weight_t * weight_r,
+                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
             accumulators = _add_samples(
-                accumulators, row_ptr, bottom + left, weight_b * weight_l, word,
-                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+                accumulators, row_ptr, bottom + left, weight_b * weight_l,
+                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
             accumulators = _add_samples(
-                accumulators, row_ptr, bottom + right, weight_b * weight_r, word,
-                STRIDE, WORDS, BLOCK_WORDS, DTYPE, PACK, COMPUTE,
+                accumulators, row_ptr, bottom + right, weight_b * weight_r,
+                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
 
     output_ptr += (query * M + head)[:, None] * D + channel_start
-    channel = tl.arange(0, PACK * BLOCK_WORDS)[None, :]
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        tile = accumulators[first // BLOCK_WORDS * PACK]
-        if PACK == 2:
-            tile = tl.interleave(tile, accumulators[first // BLOCK_WORDS * PACK + 1])
-        mask = in_queries[:, None] & (first * PACK + channel < CHANNELS)
-        tl.store(output_ptr + first * PACK + channel, tile, mask=mask)
+        _store_block(
+            output_ptr + first * PACK, accumulators, in_queries, first // BLOCK_WORDS, CHANNELS - first * PACK, PACK
+        )
 
 
 @triton.jit
-def _backward_corner(
-    grads, row_ptr, grad_row_ptr, scale_ptr, row, weight, word,
-    STRIDE: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, GRAD_HALF: tl.constexpr,
-    DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
+def _dot(grads, channels, BLOCK: tl.constexpr, PACK: tl.constexpr):
+    """The output's gradient · a block of a row, per query."""
+    product = grads[BLOCK * PACK] * channels[0]
+    if PACK == 2:
+        product += grads[BLOCK * PACK + 1] * channels[1]
+    return tl.sum(product, axis=1)
+
+
+@triton.jit
+def _add_gradient(grad_row_ptr, scale_ptr, row_offset, grad, weight, mask, STRIDE: tl.constexpr):
+    """Add `weight` times the output's gradient to a block of value's gradient."""
+    contribution = grad * weight[:, None]
+    if grad_row_ptr.dtype.element_ty == tl.int64:
+        contribution = (contribution * tl.load(scale_ptr).to(contribution.dtype)).to(tl.int64)
+    counts = (weight != 0.0)[:, None]
+    if mask is not None:
+        counts = counts & mask
+    tl.atomic_add(grad_row_ptr + row_offset * STRIDE, contribution, mask=counts, sem="relaxed")
+
+
+@triton.jit
+def _backward_pair(
+    grads, row_ptr, grad_row_ptr, scale_ptr, row_left, row_right, weight_left, weight_right,
+    STRIDE: tl.constexpr, GRAD_HALF: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    LAST_BLOCK: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Add `weight` times the output's gradient to a row of value's gradient; return that gradient · the row."""
-    row_offset = row.to(tl.int64)[:, None]
-    weight = weight[:, None]
-    product = tl.zeros(grads[0].shape, COMPUTE)
+    """For two corners: add to value's gradient at their rows, and return the output's gradient · each row.
+
+    Loads come before the first reduction of a block, which no later load may pass. Four corners at once would need more
+    registers than half of all warps leave.
+    """
+    row_left = row_left.to(tl.int64)[:, None]
+    row_right = row_right.to(tl.int64)[:, None]
+    dot_left = tl.zeros(weight_left.shape, COMPUTE)
+    dot_right = tl.zeros(weight_left.shape, COMPUTE)
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        mask = None if first + BLOCK_WORDS <= WORDS else first + word < WORDS
-        channels = _load_channels(row_ptr + row_offset * STRIDE + first, mask, DTYPE, PACK, COMPUTE)
-        counts = weight != 0 if first + BLOCK_WORDS <= WORDS else (weight != 0) & (first + word < WORDS)
+        word = _block(first, WORDS, BLOCK_WORDS, LAST_BLOCK)
+        mask = None if first + word.shape[1] <= WORDS else word < WORDS
+        values_left = _load_channels(row_ptr + row_left * STRIDE + word, mask, DTYPE, PACK, COMPUTE)
+        values_right = _load_channels(row_ptr + row_right * STRIDE + word, mask, DTYPE, PACK, COMPUTE)
+        dot_left += _dot(grads, values_left, first // BLOCK_WORDS, PACK)
+        dot_right += _dot(grads, values_right, first // BLOCK_WORDS, PACK)
         for half in tl.static_range(PACK):
             grad = grads[first // BLOCK_WORDS * PACK + half]
-            product += grad * channels[half]
-            contribution = grad * weight
-            if grad_row_ptr.dtype.element_ty == tl.int64:
-                contribution = (contribution * tl.load(scale_ptr).to(COMPUTE)).to(tl.int64)
-            target_ptr = grad_row_ptr + row_offset * (STRIDE * PACK) + (half * GRAD_HALF + first)
-            tl.atomic_add(target_ptr, contribution, mask=counts, sem="relaxed")
-    return tl.sum(product, axis=1)
+            target_ptr = grad_row_ptr + half * GRAD_HALF + word
+            _add_gradient(target_ptr, scale_ptr, row_left, grad, weight_left, mask, STRIDE * PACK)
+            _add_gradient(target_ptr, scale_ptr, row_right, grad, weight_right, mask, STRIDE * PACK)
+    return dot_left, dot_right
 
 
 @triton.jit
@@ -271,7 +330,8 @@ def _backward_kernel(
     num_rows, num_queries, channel_start,
     M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
     REFERENCE: tl.constexpr, GRAD_REFERENCE: tl.constexpr, COMPUTE: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = value_ptr.dtype.element_ty
     K: tl.constexpr = L * P
@@ -285,32 +345,30 @@ def _backward_kernel(
     in_queries = query < num_queries
     query = query.to(tl.int64) + image.to(tl.int64) * num_queries
     first_sample = (query * M + head) * K
-    word = tl.arange(0, BLOCK_WORDS)[None, :]
-    first_word = (head * D + channel_start) // PACK
     first_row = image.to(tl.int64) * num_rows
-    row_ptr = _words(value_ptr, PACK) + first_row * STRIDE + first_word + word
-    grad_row_ptr = grad_value_ptr + first_row * (STRIDE * PACK) + head * D + channel_start // PACK + word
+    row_ptr = _words(value_ptr, PACK) + first_row * STRIDE + (head * D + channel_start) // PACK
+    grad_row_ptr = grad_value_ptr + first_row * (STRIDE * PACK) + head * D + channel_start // PACK
 
-    output_offset = (query * M + head)[:, None] * GRAD_HALF + channel_start // PACK + word
+    output_offset = (query * M + head)[:, None] * GRAD_HALF + channel_start // PACK
     grads = ()
     if REFERENCE > 0:
-        largest, total = _softmax_statistics(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
-        normalizer = 1.0 / total
+        log_total = _log_sum_exp(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
         expected = tl.zeros([BLOCK_QUERIES], COMPUTE)  # Σ weight · its gradient
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        mask = in_queries[:, None] & (first + word < WORDS)
-        grads += _load_channels(_words(grad_output_ptr, PACK) + output_offset + first, mask, DTYPE, PACK, COMPUTE)
+        word = _block(first, WORDS, BLOCK_WORDS, LAST_BLOCK)
+        word_ptr = _words(grad_output_ptr, PACK) + output_offset + word
+        grads += _load_channels(word_ptr, in_queries[:, None] & (word < WORDS), DTYPE, PACK, COMPUTE)
         if REFERENCE > 0:
-            outputs = _load_channels(_words(output_ptr, PACK) + output_offset + first, mask, DTYPE, PACK, COMPUTE)
-            for half in tl.static_range(PACK):
-                expected += tl.sum(outputs[half] * grads[first // BLOCK_WORDS * PACK + half], axis=1)
+            word_ptr = _words(output_ptr, PACK) + output_offset + word
+            outputs = _load_channels(word_ptr, in_queries[:, None] & (word < WORDS), DTYPE, PACK, COMPUTE)
+            expected += _dot(grads, outputs, first // BLOCK_WORDS, PACK)
 
     points = tl.arange(0, BLOCK_P)[None, :]
     for level in range(L):
         height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
             shapes_ptr, starts_ptr, reference_ptr, query, in_queries, level, L, P, REFERENCE, COMPUTE
         )
-        # Gradients of this level's points, collected for wide stores.
+        # Gradients of this level's points, collected: stored one by one, each would cost two barriers.
         grad_x = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
         grad_y = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
         grad_weight = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
@@ -321,26 +379,20 @@ def _backward_kernel(
             x, y = _load_pairs(coordinates_ptr, sample, in_queries)
             weight = tl.load(weights_ptr + sample, mask=in_queries, other=0.0).to(COMPUTE)
             if REFERENCE > 0:
-                weight = tl.where(in_queries, tl.exp(weight - largest) * normalizer, 0.0)
+                weight = tl.where(in_queries, tl.exp(weight - log_total), 0.0)
             left, right, weight_l, weight_r, in_l, in_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
             top, bottom, weight_t, weight_b, in_t, in_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
             top = start + top * width
             bottom = start + bottom * width
-            dot_tl = _backward_corner(
-                grads, row_ptr, grad_row_ptr, scale_ptr, top + left, weight * weight_t * weight_l, word,
-                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
+            dot_tl, dot_tr = _backward_pair(
+                grads, row_ptr, grad_row_ptr, scale_ptr,
+                top + left, top + right, weight * weight_t * weight_l, weight * weight_t * weight_r,
+                STRIDE, GRAD_HALF, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
-            dot_tr = _backward_corner(
-                grads, row_ptr, grad_row_ptr, scale_ptr, top + right, weight * weight_t * weight_r, word,
-                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
-            )  # fmt: skip
-            dot_bl = _backward_corner(
-                grads, row_ptr, grad_row_ptr, scale_ptr, bottom + left, weight * weight_b * weight_l, word,
-                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
-            )  # fmt: skip
-            dot_br = _backward_corner(
-                grads, row_ptr, grad_row_ptr, scale_ptr, bottom + right, weight * weight_b * weight_r, word,
-                STRIDE, WORDS, BLOCK_WORDS, GRAD_HALF, DTYPE, PACK, COMPUTE,
+            dot_bl, dot_br = _backward_pair(
+                grads, row_ptr, grad_row_ptr, scale_ptr,
+                bottom + left, bottom + right, weight * weight_b * weight_l, weight * weight_b * weight_r,
+                STRIDE, GRAD_HALF, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
             # Corners outside are zero, whatever was read in their place.
             dot_tl = tl.where(in_t & in_l, dot_tl, 0.0)
@@ -354,19 +406,18 @@ def _backward_kernel(
             point_weight = weight_t * along_top + weight_b * along_bottom
             if REFERENCE > 0:
                 point_weight = weight * (point_weight - expected)
-            if GRAD_REFERENCE and REFERENCE == 4:
-                grad_extent_x += point_x * x.to(COMPUTE)
-                grad_extent_y += point_y * y.to(COMPUTE)
             here = points == point
             grad_x = tl.where(here, point_x[:, None], grad_x)
             grad_y = tl.where(here, point_y[:, None], grad_y)
             grad_weight = tl.where(here, point_weight[:, None], grad_weight)
+            if GRAD_REFERENCE and REFERENCE == 4:
+                grad_extent_x += tl.where(point_x == 0.0, 0.0, point_x * x.to(COMPUTE))  # outside, x may be infinite
+                grad_extent_y += tl.where(point_y == 0.0, 0.0, point_y * y.to(COMPUTE))
 
-        level_sample = first_sample[:, None] + level * P
-        tl.store(grad_weights_ptr + level_sample + points, grad_weight, mask=in_queries[:, None] & (points < P))
-        pairs = tl.interleave(grad_x * scale_x[:, None], grad_y * scale_y[:, None])
-        pair = tl.arange(0, 2 * BLOCK_P)[None, :]
-        tl.store(grad_coordinates_ptr + 2 * level_sample + pair, pairs, mask=in_queries[:, None] & (pair < 2 * P))
+        sample = first_sample[:, None] + level * P + points
+        mask = in_queries[:, None] & (points < P)
+        _store_pairs(grad_coordinates_ptr, sample, grad_x * scale_x[:, None], grad_y * scale_y[:, None], mask)
+        tl.store(grad_weights_ptr + sample, grad_weight, mask=mask)
         if GRAD_REFERENCE:  # of this head; the launcher adds the heads
             point_ptr = grad_reference_ptr + ((query * M + head) * L + level) * REFERENCE
             tl.store(point_ptr, tl.sum(grad_x, axis=1) * width, mask=in_queries)
@@ -396,34 +447,44 @@ def _channels_per_word(dtype: torch.dtype, D: int) -> int:
 def launch_configuration(direction: str, architecture: str, D: int, dtype: torch.dtype) -> tuple[int, int]:
     """Words per block and warps of a launch: from the table of measured ones, or else by this rule.
 
-    A block is the largest power of two of words, at most 16, that splits a row without remainder. At 16 words, four
-    lanes hold a block with one 16-byte load each, a warp covers eight queries, and the arithmetic that every lane does
-    for every sample is repeated four times per query. Four warps share the L1 lines of 32 neighbouring queries.
+    Backward, a block is the largest power of two of words in a row (at most one row per warp), and the rest is one more
+    block: 48 channels are 32 + 16, and a lane loads at most 16 + 8 bytes of each row. Forward, it is 32 channels, or
+    half of a row where that is more: narrow blocks repeat the arithmetic of a sample in fewer lanes, and two blocks of
+    accumulators fit in the 64 registers that let half of all warps be resident (72 for boxes with D = 48 or more in
+    half precision, which only decoders with their few queries use). The backward pass needs 64 to 100 registers, so
+    that 28 to 50 % of all warps are resident; forced to 64 it spills. Two warps need fewer than four there, but 64-bit
+    sums do not spill only with four. `direction` is "forward", "backward" or "deterministic" (backward, fixed point).
     """
     if (direction, architecture, D, dtype.itemsize) in LAUNCH_TABLE:
         return LAUNCH_TABLE[direction, architecture, D, dtype.itemsize]
-    words = D // _channels_per_word(dtype, D)
-    divisors = [block for block in (16, 8, 4) if words % block == 0]
-    return (divisors[0] if divisors else min(16, triton.next_power_of_2(words))), 4
+    pack = _channels_per_word(dtype, D)
+    whole_row = 1 << ((min(D, MAX_CHANNELS) // pack).bit_length() - 1)
+    channels_of_a_block = 16 if dtype == torch.float64 else 32
+    if direction == "forward":
+        return min(whole_row, max(channels_of_a_block // pack, whole_row // 2)), 4
+    return min(whole_row, 128), 4 if direction == "deterministic" or dtype == torch.float64 else 2
 
 
 def kernel_constants(
-    dtype: torch.dtype, M: int, L: int, P: int, D: int, reference: int, configuration: tuple[int, int], lanes: int = 32
-) -> dict[str, Any]:
-    """The compile-time arguments that both kernels share."""
+    dtype: torch.dtype, M: int, L: int, P: int, D: int, first: int, reference: int,
+    configuration: tuple[int, int], lanes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The compile-time arguments that both kernels share, for the channels from `first` on and warps of `lanes`."""
     block_words, num_warps = configuration
+    channels, pack = min(D - first, MAX_CHANNELS), _channels_per_word(dtype, D)
     lanes_per_query = max(1, block_words * max(dtype.itemsize, 4) // 16)
     return {
         "M": M,
         "L": L,
         "P": P,
         "D": D,
-        "CHANNELS": min(D, MAX_CHANNELS),
+        "CHANNELS": channels,
         "REFERENCE": reference,
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
-        "PACK": _channels_per_word(dtype, D),
+        "PACK": pack,
         "BLOCK_QUERIES": lanes * num_warps // lanes_per_query,
         "BLOCK_WORDS": block_words,
+        "LAST_BLOCK": triton.next_power_of_2(channels // pack % block_words or block_words),
         "BLOCK_K": min(64, triton.next_power_of_2(L * P)),
     }
 
@@ -437,8 +498,9 @@ def _launch(
     block_words, num_warps = launch_configuration(direction, architecture(value.device), D, value.dtype)
     if B * Q * M <= FEW_ROWS:
         num_warps = 1
-    constants = kernel_constants(value.dtype, M, L, P, D, reference, (block_words, num_warps), warp_size(value.device))
-    constants["CHANNELS"] = min(D - first, MAX_CHANNELS)
+    constants = kernel_constants(
+        value.dtype, M, L, P, D, first, reference, (block_words, num_warps), warp_size(value.device)
+    )  # fmt: skip
     programs = triton.cdiv(Q, constants["BLOCK_QUERIES"]) * B * M
     if programs:
         with torch.cuda.device_of(value):
@@ -521,7 +583,8 @@ def _launch_backward(
     for chunk, first in enumerate(chunks):
         gradients = [grad_value, grad_points[chunk], grad_coordinates[chunk], grad_weights[chunk], scale]
         _launch(
-            _backward_kernel, "backward", [*gradients, *inputs], value, Q, L, P, first, reference,
+            _backward_kernel, "deterministic" if fixed_point else "backward", [*gradients, *inputs],
+            value, Q, L, P, first, reference,
             GRAD_REFERENCE=grad_reference, BLOCK_P=triton.next_power_of_2(P),
         )  # fmt: skip
     if fixed_point:
@@ -535,6 +598,80 @@ def _launch_backward(
         total[0].to(coordinates.dtype),
         total[1].to(weights.dtype),
     )
+
+
+def compile_cases() -> Iterator[tuple[Any, ...]]:
+    """Every kernel in the configurations that launches choose, for `benchmarks.compile_report`.
+
+    Of D and dtypes, those in use: Deformable DETR (32), SOLQ (48), and the ends of the range; M = 8, L = P = 4.
+    """
+    forms = [
+        (D, dtype, dtype, form) for D in (32, 48, 64) for dtype in (torch.float32, torch.bfloat16) for form in (2, 4)
+    ]
+    forms += [(D, dtype, torch.float32, 0) for D in (32, 48, 64) for dtype in (torch.float32, torch.bfloat16)]
+    forms += [
+        (48, torch.float16, torch.float16, 2),
+        (48, torch.float64, torch.float64, 2),
+        (48, torch.float64, torch.float64, 0),
+    ]
+    forms += [(D, dtype, dtype, 2) for D in (1, 16, 20, 128, 256) for dtype in (torch.float32, torch.bfloat16)]
+    for D, dtype, points_dtype, form in forms:
+        yield _compile_case("forward", D, dtype, points_dtype, form)
+        yield _compile_case("backward", D, dtype, points_dtype, form)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _compile_case("forward", 48, dtype, dtype, 2, few_rows=True)
+        yield _compile_case("backward", 48, dtype, dtype, 2, few_rows=True)
+        yield _compile_case("backward", 48, dtype, dtype, 4, grad_reference=True)
+        yield _compile_case("backward", 48, dtype, dtype, 2, deterministic=True)
+
+
+def _compile_case(
+    direction: str, D: int, dtype: torch.dtype, points_dtype: torch.dtype, form: int, *,
+    few_rows: bool = False, grad_reference: bool = False, deterministic: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    compute = pointer[torch.promote_types(dtype, torch.float32)]
+    block_words, num_warps = launch_configuration("deterministic" if deterministic else direction, "", D, dtype)
+    num_warps = 1 if few_rows else num_warps
+    constants = kernel_constants(dtype, 8, 4, 4, D, 0, form, (block_words, num_warps), 32)
+    signature = {
+        "output_ptr": pointer[dtype],
+        "value_ptr": pointer[dtype],
+        "shapes_ptr": "*i64",
+        "starts_ptr": "*i64",
+        "reference_ptr": "*fp64" if dtype == torch.float64 else "*fp32",
+        "coordinates_ptr": pointer[points_dtype],
+        "weights_ptr": pointer[points_dtype],
+        "num_rows": "i32",
+        "num_queries": "i32",
+        "channel_start": "i32",
+    }
+    if direction == "backward":
+        constants |= {"GRAD_REFERENCE": grad_reference, "BLOCK_P": 4}
+        signature |= {
+            "grad_value_ptr": "*i64" if deterministic else compute,
+            "grad_reference_ptr": compute,
+            "grad_coordinates_ptr": pointer[points_dtype],
+            "grad_weights_ptr": pointer[points_dtype],
+            "scale_ptr": "*fp64",
+            "grad_output_ptr": pointer[dtype],
+        }
+    usual = dtype != torch.float64 and D % 16 == 0 and not deterministic
+    expectations: dict[str, Any] = {}
+    if usual:
+        expectations["load"] = 16
+        expectations["occupancy"] = 0.25 if direction == "backward" else 0.4 if form == 4 or D > 64 else 0.5
+        expectations["vector_atomics"] = direction == "backward"
+    names = {0: "ms_deform_attn", 2: "ms_deform_attn_fused points", 4: "ms_deform_attn_fused boxes"}
+    remarks = [
+        r
+        for r, given in (("few rows", few_rows), ("with reference", grad_reference), ("deterministic", deterministic))
+        if given
+    ]
+    label = " ".join([names[form], direction, f"D={D}", str(dtype).removeprefix("torch."), *remarks])
+    aligned = [name for name in signature if name.endswith("_ptr")] + ["channel_start"]
+    kernel = _forward_kernel if direction == "forward" else _backward_kernel
+    return label, kernel, signature, constants, aligned, num_warps, 3, expectations
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,8 +120,9 @@ def ms_deform_attn_fused(
     if reference_points.shape[-1] == 2:  # offsets in pixels of each level
         shapes = torch.as_tensor(spatial_shapes, dtype=compute, device=value.device)
         locations = centres + offsets / shapes.flip(-1)[:, None]
-    else:  # offsets in half the box, at P points
+    else:  # offsets in half the box over P; far outside where not finite, for 0 · ∞ is no gradient
         P = sampling_offsets.shape[-2]
+        offsets = torch.where(offsets.isfinite(), offsets, 1e30)
         locations = centres[..., :2] + offsets * (centres[..., 2:] * (0.5 / P))
     weights = attention_logits.to(compute).flatten(-2).softmax(-1).view(attention_logits.shape)
     return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)

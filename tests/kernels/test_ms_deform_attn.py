@@ -1,0 +1,410 @@
+"""Deformable attention: the reference against grid_sample, the Triton kernels against the reference."""
+
+import importlib
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
+
+kernels = importlib.import_module("solq.kernels.ms_deform_attn")  # the package has a function of this name
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(3, 4), (1, 1), (2, 5)]
+FORMS = ["plain", "points", "boxes"]
+EXAMPLES = 200 if torch.cuda.is_available() else 6  # the interpreter takes about a second for each
+
+
+def starts_of(shapes: list[tuple[int, int]]) -> list[int]:
+    return list(accumulate((h * w for h, w in shapes[:-1]), initial=0))
+
+
+def make(
+    form: str,
+    B: int = 2,
+    Q: int = 3,
+    M: int = 2,
+    D: int = 4,
+    P: int = 2,
+    shapes: list[tuple[int, int]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
+    points_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """The floating arguments of a form: value, [reference points,] locations or offsets, weights or logits."""
+    generator = torch.Generator().manual_seed(seed)
+    points_dtype = points_dtype or dtype
+    S, L = sum(h * w for h, w in shapes), len(shapes)
+
+    def uniform(*size: int, low: float, high: float) -> Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    value = uniform(B, S, M, D, low=-1, high=1).to(dtype)
+    points = uniform(B, Q, M, L, P, 2, low=-0.3, high=1.3) * (1 if form == "plain" else 3)
+    weights = uniform(B, Q, M, L, P, low=-1, high=1)
+    inputs = [value, points.to(points_dtype), weights.to(points_dtype)]
+    if form != "plain":
+        size = 2 if form == "points" else 4
+        inputs.insert(1, uniform(B, Q, L, size, low=0, high=1).to(torch.promote_types(points_dtype, torch.float32)))
+    return [tensor.to(DEVICE).requires_grad_() for tensor in inputs]
+
+
+def call(
+    form: str, inputs: list[Tensor], shapes: object = SHAPES, starts: object = None, module: object = None
+) -> Tensor:
+    function = getattr(module or kernels, "ms_deform_attn" if form == "plain" else "ms_deform_attn_fused")
+    value, *others = inputs
+    return function(value, shapes, starts_of(SHAPES) if starts is None else starts, *others)
+
+
+def results(form: str, inputs: list[Tensor], **levels: object) -> list[Tensor]:
+    """The output and the gradient to every input."""
+    output = call(form, inputs, **levels)
+    direction = torch.linspace(-1, 1, output.numel(), device=DEVICE).view(output.shape).to(output.dtype)
+    return [output, *torch.autograd.grad(output, inputs, direction)]
+
+
+def in_float64(inputs: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in inputs]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Within `tolerance` of the largest magnitude of each tensor."""
+    for f, e in zip(found, expected, strict=True):
+        assert f.shape == e.shape
+        if e.numel():
+            assert (f.double() - e.double()).abs().max() <= tolerance * e.abs().max().clamp(min=1e-3)
+
+
+def by_grid_sample(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """An independent definition: one grid_sample per level."""
+    B, _, M, D = value.shape
+    Q, P = locations.shape[1], locations.shape[4]
+    total = value.new_zeros(B * M, D, Q)
+    for level, (rows, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], dim=1), shapes, strict=True)):
+        image = rows.permute(0, 2, 3, 1).reshape(B * M, D, h, w)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(B * M, Q, P, 2)
+        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        total = total + (samples * weights[:, :, :, level].transpose(1, 2).reshape(B * M, 1, Q, P)).sum(-1)
+    return total.view(B, M * D, Q).transpose(1, 2)
+
+
+class TestReference:
+    def test_equals_grid_sample(self) -> None:
+        value, locations, weights = make("plain", B=2, Q=7, M=3, D=5, P=3)
+        expected = by_grid_sample(value, SHAPES, locations, weights)
+        found = reference.ms_deform_attn(value, SHAPES, starts_of(SHAPES), locations, weights)
+        direction = torch.randn_like(expected)
+        assert_near(
+            [found, *torch.autograd.grad(found, (value, locations, weights), direction)],
+            [expected, *torch.autograd.grad(expected, (value, locations, weights), direction)],
+            1e-12,
+        )
+
+    @pytest.mark.parametrize("form", ["points", "boxes"])
+    def test_fused_form_is_softmax_and_locations(self, form: str) -> None:
+        value, points, offsets, logits = make(form)
+        weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+        centres = points[:, :, None, :, None]
+        if form == "points":
+            sizes = torch.tensor([(w, h) for h, w in SHAPES], device=DEVICE)
+            locations = centres + offsets / sizes[:, None]
+        else:
+            locations = centres[..., :2] + offsets / offsets.shape[4] * centres[..., 2:] * 0.5
+        expected = by_grid_sample(value, SHAPES, locations, weights)
+        assert_near([call(form, [value, points, offsets, logits], module=reference)], [expected], 1e-12)
+
+    def test_equals_transformers(self) -> None:
+        modeling = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
+        value, locations, weights = make("plain", dtype=torch.float32)
+        expected = modeling.MultiScaleDeformableAttention()(
+            value,
+            torch.tensor(SHAPES, device=DEVICE),
+            SHAPES,
+            torch.tensor(starts_of(SHAPES), device=DEVICE),
+            locations,
+            weights,
+            64,
+        )
+        found = reference.ms_deform_attn(value, SHAPES, starts_of(SHAPES), locations, weights)
+        assert_near([found], [expected], 1e-5)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_gradcheck(self, form: str) -> None:
+        inputs = make(form, B=1, Q=2)
+        assert torch.autograd.gradcheck(lambda *tensors: call(form, list(tensors), module=reference), inputs)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_compiles_as_one_graph(self, form: str) -> None:
+        with use_backend("reference"):
+            compiled = torch.compile(lambda *tensors: call(form, list(tensors)), fullgraph=True, backend="aot_eager")
+            inputs = make(form)
+            assert_near([compiled(*inputs)], [call(form, inputs)], 1e-12)
+
+
+class TestTriton:
+    @pytest.fixture(autouse=True)
+    def _triton(self):
+        with use_backend("triton"):
+            yield
+
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+    @given(
+        form=st.sampled_from(FORMS),
+        B=st.integers(1, 2),
+        Q=st.integers(1, 9),
+        M=st.integers(1, 3),
+        D=st.integers(1, 40),
+        P=st.integers(1, 3),
+        shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
+        seed=st.integers(0, 1 << 30),
+    )
+    def test_equals_reference(self, form, B, Q, M, D, P, shapes, seed) -> None:
+        inputs = make(form, B, Q, M, D, P, shapes, seed=seed)
+        levels = {"shapes": shapes, "starts": starts_of(shapes)}
+        assert_near(
+            results(form, inputs, **levels), results(form, in_float64(inputs), module=reference, **levels), 1e-11
+        )
+
+    @pytest.mark.parametrize("D", [32, 48, 300])
+    def test_channels(self, D: int) -> None:
+        inputs = make("points", B=1, Q=2, M=2, D=D, P=1, dtype=torch.float32)
+        assert_near(results("points", inputs), results("points", in_float64(inputs), module=reference), 5e-6)
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(
+        ("dtype", "points_dtype"),
+        [
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.float16, torch.float16),
+            (torch.bfloat16, torch.float32),  # what autocast gives
+            (torch.float16, torch.float32),
+        ],
+    )
+    def test_dtypes(self, form: str, dtype: torch.dtype, points_dtype: torch.dtype) -> None:
+        inputs = make(form, B=1, D=6, dtype=dtype, points_dtype=points_dtype)
+        found = results(form, inputs)
+        assert found[0].dtype == dtype
+        assert [g.dtype for g in found[1:]] == [t.dtype for t in inputs]
+        # Sums are in float32; what is left is the rounding of results, and in the fused form of the saved output.
+        expected = results(form, in_float64(inputs), module=reference)
+        assert_near(found, expected, 8 * torch.finfo(dtype).eps if dtype != torch.float32 else 5e-6)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_gradcheck(self, form: str) -> None:
+        inputs = make(form, B=1, Q=1, M=1, D=2, P=1, shapes=[(2, 3)])
+        levels = {"shapes": [(2, 3)], "starts": [0]}
+        assert torch.autograd.gradcheck(lambda *t: call(form, list(t), **levels), inputs, fast_mode=True)
+
+    def test_levels_may_be_tensors(self) -> None:
+        inputs = make("points", B=1)
+        expected = call("points", inputs)
+        for dtype in (torch.int32, torch.int64):
+            shapes = torch.tensor(SHAPES, device=DEVICE, dtype=dtype)
+            starts = torch.tensor(starts_of(SHAPES), device=DEVICE, dtype=dtype)
+            assert torch.equal(call("points", inputs, shapes, starts), expected)
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("empty", ["B", "Q"])
+    def test_nothing_to_do(self, form: str, empty: str) -> None:
+        inputs = make(form, **{empty: 0})
+        output, *gradients = results(form, inputs)
+        assert output.numel() == 0
+        assert all(not gradient.any() for gradient in gradients)
+
+    def test_strided_and_unaligned_inputs(self) -> None:
+        inputs = make("points", B=1, dtype=torch.float32)
+        strided = []
+        for tensor in inputs:
+            wide = tensor.detach().new_zeros(*tensor.shape, 3).select(-1, 1)  # every third element, starting at 4 bytes
+            strided.append(wide.copy_(tensor.detach()).requires_grad_())
+        assert_near(results("points", strided), results("points", inputs), 1e-6)
+        flat = torch.zeros(inputs[0].numel() + 1, device=DEVICE)
+        unaligned = flat[1:].view(inputs[0].shape).copy_(inputs[0].detach())
+        assert torch.equal(call("points", [unaligned, *inputs[1:]]), call("points", inputs))
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_non_finite_locations_sample_zero_within_bounds(self, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = make(form, B=1, Q=4, dtype=torch.float32)
+        points = inputs[-2].detach()
+        bad = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2e9, -1e10]
+        points[:, :3] = (
+            torch.tensor(bad, device=DEVICE)
+            .repeat(points[:, :3].numel())[: points[:, :3].numel()]
+            .view_as(points[:, :3])
+        )
+        inputs[-2] = points.requires_grad_()
+        launch, guarded = kernels._launch, 0
+
+        def guarded_launch(kernel, direction, tensors, *others, **options):
+            """The same launch with 64 elements of nonsense before and after every tensor."""
+            nonlocal guarded
+            buffers = []
+            for tensor in tensors:
+                nonsense = float("nan") if tensor.is_floating_point() else 1 << 20
+                buffer = torch.full((tensor.numel() + 128,), nonsense, dtype=tensor.dtype, device=DEVICE)
+                buffer[64:-64] = tensor.flatten()
+                buffers.append(buffer)
+            inner = [b[64:-64].view(t.shape) for b, t in zip(buffers, tensors, strict=True)]
+            launch(kernel, direction, inner, *others, **options)
+            for tensor, buffer, result in zip(tensors, buffers, inner, strict=True):
+                band = torch.cat([buffer[:64], buffer[-64:]])
+                assert (band.isnan() if tensor.is_floating_point() else band == 1 << 20).all()
+                tensor.copy_(result)
+            guarded += 1
+
+        monkeypatch.setattr(kernels, "_launch", guarded_launch)
+        output, *gradients = results(form, inputs)
+        assert guarded == 2
+        assert not output[:, :3].any()
+        assert output[:, 3].any()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        expected = results(form, inputs, module=reference)
+        assert_near([output, gradients[0]], expected[:2], 5e-6)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_deterministic_backward(self, form: str) -> None:
+        inputs = make(form, B=1, dtype=torch.float32)
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = results(form, inputs), results(form, inputs)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert_near(first, results(form, in_float64(inputs), module=reference), 5e-6)
+
+    def test_autocast_rounds_value_only(self) -> None:
+        inputs = make("points", B=1, dtype=torch.float32)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            output, *gradients = results("points", inputs)
+        assert output.dtype == torch.bfloat16
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        rounded = [inputs[0].detach().bfloat16().requires_grad_(), *inputs[1:]]
+        assert torch.equal(output, call("points", rounded))
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_opcheck(self, form: str) -> None:
+        value, *others = make(form, B=1, Q=1, M=1, P=1, dtype=torch.float32)
+        shapes, starts = torch.tensor(SHAPES, device=DEVICE), torch.tensor(starts_of(SHAPES), device=DEVICE)
+        operator = torch.ops.solq.ms_deform_attn if form == "plain" else torch.ops.solq.ms_deform_attn_fused
+        torch.library.opcheck(operator.default, (value, shapes, starts, *others), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("form", ["plain", "points"])
+    def test_compiles_once_for_all_batches_and_queries(self, form: str) -> None:
+        graphs = []
+
+        def backend(graph, _):
+            graphs.append(graph)
+            return graph
+
+        def loss(*inputs: Tensor) -> Tensor:
+            return call(form, list(inputs)).square().sum()
+
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+        for B, Q in ((2, 3), (3, 5)):
+            inputs = make(form, B=B, Q=Q, M=2, D=3, P=2, dtype=torch.float32)
+            expected, found = loss(*inputs), compiled(*inputs)
+            assert_near([found], [expected], 1e-5)
+            assert_near(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), 1e-5)
+        assert len(graphs) == 1
+
+    @pytest.mark.parametrize("form", ["plain", "points"])
+    def test_compiled_backward(self, form: str) -> None:
+        inputs = make(form, B=1, Q=2, dtype=torch.float32)
+        compiled = torch.compile(lambda *t: call(form, list(t)), fullgraph=True, backend="aot_eager")
+        direction = torch.ones_like(call(form, inputs))
+        found = torch.autograd.grad(compiled(*inputs), inputs, direction)
+        assert_near(found, torch.autograd.grad(call(form, inputs), inputs, direction), 1e-5)
+
+    @pytest.mark.parametrize("form", ["plain", "points"])
+    def test_export(self, form: str) -> None:
+        class Attention(torch.nn.Module):
+            def forward(self, *inputs: Tensor) -> Tensor:
+                return call(form, list(inputs))
+
+        B, Q = torch.export.Dim("B", max=64), torch.export.Dim("Q", max=512)
+        sizes = ({0: B}, *[{0: B, 1: Q}] * (2 if form == "plain" else 3))
+        inputs = [tensor.detach() for tensor in make(form, B=2, Q=3)]
+        program = torch.export.export(Attention(), tuple(inputs), dynamic_shapes={"inputs": sizes})
+        other = [tensor.detach() for tensor in make(form, B=3, Q=4)]
+        assert_near([program.module()(*other)], [call(form, other)], 1e-12)
+
+    @pytest.mark.gpu
+    def test_does_not_wait_for_the_gpu(self) -> None:
+        inputs = make("points", dtype=torch.float32)
+        results("points", inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results("points", inputs)
+            shapes = [(4, 3), (1, 1), (5, 2)]  # not seen before
+            results("points", inputs, shapes=shapes, starts=starts_of(shapes))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.gpu
+    def test_more_than_two_to_the_31_elements(self) -> None:
+        shapes, M, D, B = [(512, 512)], 8, 64, 17
+        value = torch.zeros(B, 512 * 512, M, D, dtype=torch.bfloat16, device=DEVICE)
+        assert value.numel() > 2**31
+        value[-1] = 1
+        locations = torch.rand(B, 4, M, 1, 4, 2, device=DEVICE) * 0.9 + 0.05
+        weights = torch.full((B, 4, M, 1, 4), 0.25, device=DEVICE)
+        output = ms_deform_attn(value, shapes, [0], locations, weights)
+        assert (output[-1] == 1).all()
+        assert not output[:-1].any()
+
+
+def broken(**changes: object) -> dict[str, object]:
+    value, points, offsets, logits = (tensor.detach() for tensor in make("points", B=1))
+    arguments = {
+        "value": value,
+        "spatial_shapes": SHAPES,
+        "level_start_index": starts_of(SHAPES),
+        "reference_points": points,
+        "sampling_offsets": offsets,
+        "attention_logits": logits,
+    }
+    return arguments | {name: change(arguments[name]) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("value", lambda t: t[0], ValueError),
+        ("value", lambda t: t.long(), TypeError),
+        ("value", lambda t: t[:, :, :, :0], ValueError),
+        ("value", lambda t: t.to("meta"), ValueError),
+        ("spatial_shapes", lambda s: s[:2], ValueError),
+        ("spatial_shapes", lambda s: [*s[:2], (2, 6)], ValueError),
+        ("spatial_shapes", lambda s: [*s[:2], (-2, -5)], ValueError),
+        ("spatial_shapes", lambda s: torch.tensor(s).float(), TypeError),
+        ("spatial_shapes", lambda s: torch.tensor(s).flatten(), ValueError),
+        ("spatial_shapes", lambda s: torch.tensor([*s[:2], (2, 6)]), ValueError),
+        ("level_start_index", lambda s: s[:2], ValueError),
+        ("level_start_index", lambda s: [0, 12, 14], ValueError),
+        ("reference_points", lambda t: t[..., :1], ValueError),
+        ("reference_points", lambda t: t[:, :2], ValueError),
+        ("sampling_offsets", lambda t: t[..., 0], ValueError),
+        ("sampling_offsets", lambda t: t[:, :, :1], ValueError),
+        ("sampling_offsets", lambda t: t.int(), TypeError),
+        ("attention_logits", lambda t: t[:, :, :, :2], ValueError),
+        ("attention_logits", lambda t: t.tolist(), TypeError),
+    ],
+)
+def test_errors_name_the_argument_in_one_line(backend: str, name: str, change, error: type[Exception]) -> None:
+    with use_backend(backend), pytest.raises(error, match=name) as raised:
+        ms_deform_attn_fused(**broken(**{name: change}))
+    assert "\n" not in str(raised.value)
+
+
+def test_level_counts_that_disagree() -> None:
+    value, locations, weights = make("plain")
+    with pytest.raises(ValueError, match="sampling_locations has 3 levels but spatial_shapes has 4"):
+        ms_deform_attn(value, [*SHAPES, (1, 1)], [*starts_of(SHAPES), 23], locations, weights)
