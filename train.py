@@ -188,8 +188,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor(step, config, steps)
             parts = [next(batches) for _ in range(config.accumulate)]
-            # Random numbers of the model depend on seed, step and process only, so a resumed run draws the same ones. The
-            # first batch has drawn one for its workers by now.
+            # Random numbers of the model depend on seed, step and process only, so that a resumed run draws the same.
+            # The first batch has drawn one for its workers by now.
             torch.manual_seed(int(np.random.SeedSequence((config.seed, 2, step, rank)).generate_state(1, np.uint64)[0]))
             num_boxes = criterion.count_boxes([part.targets for part in parts], config.model.num_queries)
             losses: dict[str, Tensor] = {}
