@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -57,6 +58,18 @@ class ResNetBackbone(nn.Module):
         return [c3, c4, body.layer4(c4)]
 
 
+class _SwinBlock(SwinTransformerBlock):
+    """Pads a map to whole windows before it is shifted, as the published Swin transformers for detection do.
+
+    timm pads afterwards, which gives other windows for maps that are not a multiple of them.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        _, H, W, _ = x.shape
+        window_height, window_width = self.window_size
+        return super()._attn(F.pad(x, (0, 0, 0, -W % window_width, 0, -H % window_height)))[:, :H, :W]
+
+
 class SwinBackbone(nn.Module):
     """A timm Swin transformer for images of any size, with a layer norm on each level that is handed on."""
 
@@ -65,6 +78,9 @@ class SwinBackbone(nn.Module):
         self.body = timm.create_model(
             SWINS[name], features_only=True, out_indices=(1, 2, 3), strict_img_size=False, always_partition=True
         )
+        for module in self.body.modules():
+            if isinstance(module, SwinTransformerBlock):
+                module.__class__ = _SwinBlock
         self.num_channels = self.body.feature_info.channels()
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.num_channels)
 
