@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
 from solq.data.batch import PackedTargets
 from solq.matcher import HungarianMatcher
@@ -135,11 +135,11 @@ class SetCriterion(nn.Module):
 
         matched_boxes = boxes[layer, image_index, query]
         l1 = (matched_boxes - targets.boxes).abs().sum(-1)
-        giou = generalized_box_iou_loss(_corners(matched_boxes), _corners(targets.boxes.expand_as(matched_boxes)))
+        giou_loss = 1 - _generalized_iou(_corners(matched_boxes), _corners(targets.boxes))
         return {
             "loss_ce": loss_ce / num_boxes,
             "loss_bbox": (l1 * matched).sum(1) / num_boxes,
-            "loss_giou": (giou * matched).sum(1) / num_boxes,
+            "loss_giou": (giou_loss * matched).sum(1) / num_boxes,
         }
 
     def _vector_loss(self, vectors: Tensor, queries: Tensor, targets: PackedTargets, num_matched: Tensor) -> Tensor:
@@ -192,3 +192,16 @@ def _focal_loss(logits: Tensor, *, is_object: bool) -> Tensor:
 
 def _corners(boxes: Tensor) -> Tensor:
     return box_convert(boxes.flatten(0, -2), "cxcywh", "xyxy").view(boxes.shape)
+
+
+def _generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+    """Generalised IoU (…) of pairs of boxes (…, 4) x0 y0 x1 y1 (Rezatofighi et al., 2019).
+
+    torchvision's picks the overlapping pairs by a mask, for which the host has to wait.
+    """
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    inner_low, inner_high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    overlap = (inner_high - inner_low).clamp(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
+    hull = (high - low).prod(-1)
+    return overlap / (union + eps) - (hull - union) / (hull + eps)
