@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solq.kernels import reference
-from solq.kernels.runtime import backend_for
+from solq.kernels.runtime import LAUNCH_OPTIONS, backend_for
 
 LARGEST_CORNER = tl.constexpr(reference.LARGEST_CORNER)
 
@@ -460,9 +460,9 @@ def _encode_blocks(size: int, num_coefficients: int, exact: bool) -> dict[str, i
         "SIDE": side,
         "BLOCK_ROWS": block,
         "BLOCK_COLUMNS": block,
-        # Of bytes a whole mask of 128 × 128 is in flight while the one before it is transformed.
-        "BLOCK_Y": min(side, 16384 // side) if exact else min(side, 32),
-        "BLOCK_X": side if exact else min(side, 32),
+        # Of bytes a whole mask up to 128 × 128 is in flight while the one before it is transformed.
+        "BLOCK_Y": side if exact and side <= 128 else min(side, 32),
+        "BLOCK_X": min(side, 128 if exact else 32),
         "num_warps": 4 if exact and side <= 128 else 8,
     }
 
@@ -514,7 +514,13 @@ def _launch_encode(masks: Tensor, num_coefficients: int) -> Tensor:
         grid = (min(K, _programs(masks)), corner, corner)
         with torch.cuda.device_of(masks):
             _encode_kernel[grid](
-                _as_bytes(masks).contiguous(), vectors, K, num_coefficients, **blocks, PRECISION=PRECISION
+                _as_bytes(masks).contiguous(),
+                vectors,
+                K,
+                num_coefficients,
+                **blocks,
+                PRECISION=PRECISION,
+                **LAUNCH_OPTIONS,
             )
     return vectors
 
@@ -549,7 +555,9 @@ def _launch_decode(coefficients: Tensor, size: int) -> Tensor:
     if K:
         blocks = _decode_blocks(size, n, DECODE_PIXELS)
         with torch.cuda.device_of(coefficients):
-            _decode_kernel[(K, triton.cdiv(size, blocks["BLOCK_X"]))](coefficients.contiguous(), masks, n, **blocks)
+            _decode_kernel[(K, triton.cdiv(size, blocks["BLOCK_X"]))](
+                coefficients.contiguous(), masks, n, **blocks, **LAUNCH_OPTIONS
+            )
     return masks
 
 
@@ -559,7 +567,7 @@ def _launch_decode_binary(coefficients: Tensor, size: int) -> Tensor:
     if K:
         blocks = _decode_blocks(size, n, BINARY_PIXELS)
         with torch.cuda.device_of(coefficients):
-            _decode_binary_kernel[(K,)](coefficients.contiguous(), _as_bytes(masks), n, **blocks)
+            _decode_binary_kernel[(K,)](coefficients.contiguous(), _as_bytes(masks), n, **blocks, **LAUNCH_OPTIONS)
     return masks
 
 
@@ -582,6 +590,7 @@ def _launch_paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tens
                 SIZE=size,
                 **PASTE_BLOCK,
                 num_warps=4,
+                **LAUNCH_OPTIONS,
             )
     return images
 
