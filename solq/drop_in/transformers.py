@@ -1,0 +1,249 @@
+"""Hugging Face transformers on the kernels of this project: ``solq.drop_in.transformers.patch()``.
+
+Patched are, of the installed version, all models with multi-scale deformable attention, and the Hungarian matchers
+whose cost is made of classes and boxes. The models are found by their code: a modeling file that defines the attention
+is imported, and each definition whose parameters are those of one of the functions below is replaced by it. Models made
+before and after `patch` are served alike.
+
+`patch()` returns the names of what it replaced, `unpatch()` puts the original objects back, `patched()` is a context
+manager that does both. Unpatch before an export to ONNX, which knows nothing of this project's operators.
+"""
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solq.drop_in.patching import Patch, Replacement
+from solq.kernels import linear_assignment, matching_cost, ms_deform_attn
+from solq.kernels.matching_cost import ClassCost
+
+KNOWN_TO_WORK = ">=5.0,<6"
+HELD = "ms_deformable_attn_core"
+
+Shapes = Tensor | Sequence[tuple[int, int]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention. Parameters are named as in transformers: by them a definition is recognised.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _attention_layer(
+    self: Any,
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_spatial_shapes_list: Sequence[tuple[int, int]],
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """`MultiScaleDeformableAttention.forward` of most models."""
+    return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+
+def _attention(
+    value: Tensor, value_spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """`multi_scale_deformable_attention` of Mask2Former and OneFormer."""
+    starts = _level_start_index(value_spatial_shapes)
+    return ms_deform_attn(value, value_spatial_shapes, starts, sampling_locations, attention_weights)
+
+
+def _attention_v2(
+    value: Tensor,
+    value_spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points_list: list[int],
+    method: str = "default",
+) -> Tensor:
+    """`multi_scale_deformable_attention_v2` of RT-DETRv2 and D-FINE.
+
+    Args:
+        value: (B, S, M, D).
+        value_spatial_shapes: L pairs (H, W).
+        sampling_locations: (B, Q, M, ΣP, 2), the points of all levels in one dimension.
+        attention_weights: (B, Q, M, ΣP).
+        num_points_list: L numbers of points, which may differ.
+        method: "default" (bilinear) or "discrete" (the nearest pixel inside, without a gradient to the location).
+    """
+    if method == "discrete":
+        sampling_locations = _pixel_centres(sampling_locations, value_spatial_shapes, num_points_list)
+    elif method != "default":
+        raise ValueError(f"method is {method!r}, must be 'default' or 'discrete'")
+    L, P = len(num_points_list), max(num_points_list)
+    if sum(num_points_list) == L * P:
+        locations = sampling_locations.unflatten(-2, (L, P))
+        weights = attention_weights.unflatten(-1, (L, P))
+    else:  # as many points on every level; the additional ones lie outside, where nothing is read
+        locations = torch.stack(
+            [
+                F.pad(level, (0, 0, 0, P - level.shape[-2]), value=-1.0)
+                for level in sampling_locations.split(num_points_list, -2)
+            ],
+            dim=3,
+        )
+        weights = torch.stack(
+            [F.pad(level, (0, P - level.shape[-1])) for level in attention_weights.split(num_points_list, -1)], dim=3
+        )
+    return _attention(value, value_spatial_shapes, locations, weights)
+
+
+def _level_start_index(shapes: Shapes) -> Tensor | list[int]:
+    """(L,): where each level starts among the pixels of all."""
+    if isinstance(shapes, Tensor):
+        sizes = shapes.prod(1)
+        return sizes.cumsum(0) - sizes
+    return [0, *accumulate(height * width for height, width in shapes[:-1])]
+
+
+def _pixel_centres(locations: Tensor, shapes: Shapes, num_points_list: list[int]) -> Tensor:
+    """Locations (…, ΣP, 2) moved to the centre of the pixel that RT-DETRv2's discrete sampling reads."""
+    sizes = [(int(width), int(height)) for height, width in shapes]
+    size = torch.tensor(
+        [pair for pair, points in zip(sizes, num_points_list, strict=True) for _ in range(points)],
+        device=locations.device,
+    )
+    pixel = (locations.detach() * size + 0.5).long().clamp(min=0).minimum(size - 1)
+    return (pixel.to(torch.promote_types(locations.dtype, torch.float32)) + 0.5) / size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matchers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _match(
+    matcher: Any,
+    outputs: dict[str, Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    class_cost: ClassCost,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    groups: int = 1,
+) -> list[tuple[Tensor, Tensor]]:
+    """Per image (query_index, target_index) on the host, as transformers has them; each group of queries by itself."""
+    logits, boxes = (outputs[key].unflatten(1, (groups, -1)).transpose(0, 1) for key in ("logits", "pred_boxes"))
+    sizes = [len(target["boxes"]) for target in targets]
+    offsets = torch.tensor([0, *accumulate(sizes)]).to(logits.device, non_blocking=True)
+    cost = matching_cost(
+        logits,
+        boxes,
+        torch.cat([target["class_labels"] for target in targets]),
+        torch.cat([target["boxes"] for target in targets]),
+        offsets,
+        cost_class=matcher.class_cost,
+        cost_bbox=matcher.bbox_cost,
+        cost_giou=matcher.giou_cost,
+        alpha=alpha,
+        gamma=gamma,
+        class_cost=class_cost,
+    )
+    queries = linear_assignment(cost, offsets).cpu()  # (groups, T), the one transfer
+    first_query = torch.arange(groups)[:, None] * logits.shape[2]
+    matches = []
+    for of_image in queries.split(sizes, dim=1):
+        group, target = (of_image >= 0).nonzero(as_tuple=True)
+        query = (of_image + first_query)[group, target]
+        order = query.argsort()
+        matches.append((query[order], target[order]))
+    return matches
+
+
+def _match_softmax(self: Any, outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> Any:
+    return _match(self, outputs, targets, "softmax")
+
+
+def _match_focal(self: Any, outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> Any:
+    return _match(self, outputs, targets, "focal")
+
+
+def _match_groups(self: Any, outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]], group_detr: int) -> Any:
+    return _match(self, outputs, targets, "focal", groups=group_detr)
+
+
+def _match_rt_detr(self: Any, outputs: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> Any:
+    return _match(self, outputs, targets, "focal" if self.use_focal_loss else "softmax", self.alpha, self.gamma)
+
+
+_MATCHERS = {
+    "loss_for_object_detection.HungarianMatcher": _match_softmax,
+    "loss_deformable_detr.DeformableDetrHungarianMatcher": _match_focal,
+    "loss_lw_detr.LwDetrHungarianMatcher": _match_groups,
+    "loss_rt_detr.RTDetrHungarianMatcher": _match_rt_detr,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is replaced
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _modeling_modules() -> Iterator[ModuleType]:
+    """All modules of transformers that define multi-scale deformable attention, imported if they are not yet."""
+    import transformers
+
+    for path in sorted(Path(transformers.__path__[0]).glob("models/*/modeling_*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "class MultiScaleDeformableAttention(" in source or "def multi_scale_deformable_attention" in source:
+            yield importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+
+
+def _definitions(module: ModuleType) -> Iterator[tuple[Any, str]]:
+    """Owner and name of each function in `module` that computes the attention."""
+    for name, member in list(vars(module).items()):
+        if getattr(member, "__module__", None) == module.__name__:
+            if name == "MultiScaleDeformableAttention":
+                yield member, "forward"
+            elif name.startswith("multi_scale_deformable_attention"):
+                yield module, name
+
+
+def _holders(module: ModuleType) -> Iterator[type]:
+    """Classes whose instances keep the function in the attribute HELD, as in D-FINE: patched is the access to it."""
+    for member in list(vars(module).values()):
+        if isinstance(member, type) and member.__module__ == module.__name__:
+            constructor = getattr(inspect.unwrap(member.__init__), "__code__", None)  # type: ignore[misc]
+            if constructor and HELD in constructor.co_names:
+                yield member
+
+
+def _hold(self: Any, function: object) -> None:
+    vars(self)[HELD] = function  # for the time after unpatching
+
+
+def _find() -> Iterator[Replacement]:
+    ours = {tuple(inspect.signature(f).parameters): f for f in (_attention_layer, _attention, _attention_v2)}
+    for module in _modeling_modules():
+        holders = list(_holders(module))
+        for owner, name in _definitions(module):
+            parameters = tuple(inspect.signature(getattr(owner, name)).parameters)
+            new = ours.get(parameters)
+            if new is None:
+                warnings.warn(
+                    f"{module.__name__} is left unpatched, its {name}({', '.join(parameters)}) is not known: "
+                    f"transformers{KNOWN_TO_WORK} is known to work",
+                    stacklevel=4,
+                )
+            elif holders:
+                for holder in holders:
+                    yield Replacement(holder, HELD, property(lambda self, new=new: new, _hold))
+            else:
+                yield Replacement(owner, name, new)
+    for name, match in _MATCHERS.items():
+        module_name, class_name = name.split(".")
+        matcher = getattr(importlib.import_module(f"transformers.loss.{module_name}"), class_name)
+        yield Replacement(matcher, "forward", match)
+
+
+_patch = Patch("transformers", KNOWN_TO_WORK, _find)
+patch, unpatch, patched = _patch.patch, _patch.unpatch, _patch.patched
