@@ -6,7 +6,9 @@ No reader here runs code from a file.
 import argparse
 import json
 import os
+import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -126,14 +128,16 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_pickle(path: Path) -> dict[str, Any]:
     """The entries of a checkpoint. Nothing but tensors, plain containers and a Namespace of settings is made of it."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; what comes of them is an error
             file = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and tensor readers each raise their own
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} is refused: reading it would call {wanted[1]}, and files may not run code; nothing was run. "
-                "Ask for the weights as .safetensors"
-            ) from error
+    except pickle.UnpicklingError as error:
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"reading it would call {called[1]}" if called else "it is damaged, or a pickle of more than weights"
+        raise ValueError(
+            f"{path} is refused: {why}, and no file may run code; nothing was run. Ask for the weights as .safetensors"
+        ) from error
+    except Exception as error:  # readers of zip files and of tensors each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from error
     if isinstance(file, Mapping) and "model" not in file and all(isinstance(value, Tensor) for value in file.values()):
