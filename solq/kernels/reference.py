@@ -64,6 +64,13 @@ def _corners(locations: Tensor, size: Tensor) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def _as_tensor(numbers: SpatialShapes | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `torch.as_tensor` does, but for sizes that torch.export keeps dynamic, which that would make constants."""
+    if isinstance(numbers, Tensor):
+        return numbers.to(device, dtype)
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: SpatialShapes,
@@ -81,8 +88,8 @@ def ms_deform_attn(
     compute, device = torch.promote_types(value.dtype, torch.float32), value.device
 
     # Of each sample (m, l, p), over all M·L·P of a query: the size of its level, and that level's first row.
-    shapes = torch.as_tensor(spatial_shapes, dtype=torch.int32, device=device)
-    starts = torch.as_tensor(level_start_index, dtype=torch.int32, device=device)
+    shapes = _as_tensor(spatial_shapes, torch.int32, device)
+    starts = _as_tensor(level_start_index, torch.int32, device)
     levels = torch.cat([shapes.T, starts[None]])
     height, width, start = levels[:, None, :, None].expand(3, M, L, P).flatten(1)
     head = torch.arange(M, dtype=torch.int32, device=device)[:, None].expand(M, L * P).flatten()
@@ -118,7 +125,7 @@ def ms_deform_attn_fused(
     offsets = sampling_offsets.to(compute)
     centres = reference_points.to(compute)[:, :, None, :, None, :]
     if reference_points.shape[-1] == 2:  # offsets in pixels of each level
-        shapes = torch.as_tensor(spatial_shapes, dtype=compute, device=value.device)
+        shapes = _as_tensor(spatial_shapes, compute, value.device)
         locations = centres + offsets / shapes.flip(-1)[:, None]
     else:  # offsets in half the box over P; far outside where not finite, for 0 · ∞ is no gradient
         P = sampling_offsets.shape[-2]
