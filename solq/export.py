@@ -1,0 +1,310 @@
+"""`solq export`: a trained model as one file that programs without this package run: images in, detections out.
+
+Three formats. ``torch-export`` is a `torch.export` program, ``aoti`` the same compiled ahead of time by AOTInductor,
+``onnx`` for any ONNX runtime. On a CPU a program is made of plain PyTorch operators; on a GPU it calls the Triton
+operators registered as `torch.ops.solq`, so whoever runs it imports `solq.kernels` first.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from solq.config import ModelConfig
+from solq.data.batch import normalize
+from solq.kernels import reference
+from solq.models.solq import SOLQ
+from solq.predictor import choose_device
+from solq.weights import load
+
+Format = Literal["torch-export", "aoti", "onnx"]
+
+SUFFIXES: dict[Format, str] = {"torch-export": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
+DESCRIPTION = "solq.json"  # the file with the description inside a torch.export program
+STRIDE = 32  # of C5: images are padded to multiples of it
+ONNX_OPSET = 18
+
+
+@dataclass
+class ExportConfig:
+    """Write a model as one file: images in, detections out. docs/export.md shows how each format is run."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A file of solq.save, of train.py, or an official SOLQ checkpoint."""
+    format: Format = "torch-export"
+    """A torch.export program, an AOTInductor package (needs a C++ compiler), or ONNX."""
+    output: Path | None = None
+    """File to write; the checkpoint's name with another ending unless given."""
+    top_k: int = 100
+    """Detections of an image, whatever their scores; fixed in the file."""
+    max_batch: int = 16
+    """Most images of a batch."""
+    min_size: int | None = None
+    """Least height and width of a padded image, a multiple of 32; the least that the model takes unless given."""
+    max_size: int | None = None
+    """Most height and width of a padded image, a multiple of 32; as in the model's evaluation unless given."""
+    device: str = "cpu"
+    """The kind of device that the file is for: cpu or cuda."""
+
+
+def export(config: ExportConfig) -> None:
+    """Write the file, and print what goes in and what comes out.
+
+    Raises:
+        OSError, ValueError: the checkpoint or a setting cannot be used, or the file cannot be written.
+        ImportError: ONNX is wanted but not installed.
+    """
+    device = choose_device(config.device)
+    if config.format == "onnx":
+        if device.type != "cpu":
+            raise ValueError(f"device is {config.device} but ONNX files are made on the CPU: leave --device out")
+        _require_onnx()
+    model = load(config.checkpoint).to(device)
+    limits = size_limits(model, config)
+    detector = Detector(model, config.top_k)
+    program = trace(detector, limits, plain_sampling=config.format == "onnx")
+    description = describe(detector, limits, config.format, device)
+    path = config.output or config.checkpoint.with_name(config.checkpoint.stem + SUFFIXES[config.format])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(program, description, path, config.format)
+    print(json.dumps(description["inputs"] | description["outputs"], indent=2, ensure_ascii=False))
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), which holds this description")
+
+
+# ---- what is exported
+
+
+class Detector(nn.Module):
+    """Images to the K best detections of each: the model with everything around it but resizing and pasting.
+
+    Args:
+        model: in eval mode.
+        top_k: K, at most queries × classes.
+    """
+
+    def __init__(self, model: SOLQ, top_k: int) -> None:
+        super().__init__()
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, must be at least 1")
+        self.model = model
+        self.top_k = min(top_k, model.config.num_queries * model.config.num_classes)
+
+    def forward(self, images: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
+        """Detections, best first; see :func:`describe`.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            padding_mask: (B, H, W) bool, True on padding.
+        """
+        outputs = self.model(normalize(images, padding_mask), padding_mask)
+        probabilities = outputs["pred_logits"].sigmoid()
+        C = probabilities.shape[2]
+        scores, order = probabilities.flatten(1).topk(self.top_k)
+        query, labels = order // C, order % C
+        boxes = outputs["pred_boxes"].gather(1, query[:, :, None].expand(-1, -1, 4))
+        detections = {"scores": scores, "labels": labels, "boxes": box_convert(boxes, "cxcywh", "xyxy")}
+        if self.model.vector_embed:
+            vectors = outputs["pred_vectors"]
+            vectors = vectors.gather(1, query[:, :, None].expand(-1, -1, vectors.shape[2]))
+            coding = self.model.mask_coding
+            detections["masks"] = coding.binarize(coding.decode(vectors.flatten(0, 1))).unflatten(0, query.shape)
+        elif self.model.mask_head:
+            image = torch.arange(images.shape[0], device=images.device)[:, None].expand_as(query)
+            logits = self.model.mask_head.mask_logits(outputs["mask_features"], image.flatten(), query.flatten())
+            detections["mask_logits"] = logits.unflatten(0, query.shape)
+        return detections
+
+
+@dataclass
+class SizeLimits:
+    """What the batches that a program takes are bounded by; heights and widths are multiples of 32."""
+
+    max_batch: int
+    min_size: int
+    max_size: int
+
+
+def size_limits(model: SOLQ, config: ExportConfig) -> SizeLimits:
+    """The settings' limits, or the widest that the model allows.
+
+    Raises:
+        ValueError: if they are no multiples of 32, or the model cannot take images of the least size.
+    """
+    least = smallest_size(model.config)
+    largest = config.max_size or max(least + 2 * STRIDE, math.ceil(model.meta.max_size / STRIDE) * STRIDE)
+    limits = SizeLimits(config.max_batch, config.min_size or least, largest)
+    for name in ("min_size", "max_size"):
+        if getattr(limits, name) % STRIDE:
+            raise ValueError(f"{name} is {getattr(limits, name)}, must be a multiple of {STRIDE}")
+    if limits.min_size < least:
+        raise ValueError(f"min_size is {limits.min_size}, must be at least {least} for this model")
+    if limits.max_size < limits.min_size + 2 * STRIDE:
+        raise ValueError(
+            f"max_size is {limits.max_size}, must be at least {limits.min_size + 2 * STRIDE}: "
+            f"{2 * STRIDE} more than min_size"
+        )
+    if limits.max_batch < 2:
+        raise ValueError(f"max_batch is {limits.max_batch}, must be at least 2 (a batch may still be of one image)")
+    return limits
+
+
+def smallest_size(config: ModelConfig) -> int:
+    """The least side of a square image with two pixels across on every level, and one for every query of two stages."""
+    side = 0
+    while True:
+        side += STRIDE
+        sides = [side // 8, side // 16, side // 32]
+        while len(sides) < config.num_levels:
+            sides.append((sides[-1] + 1) // 2)
+        enough = not config.two_stage or sum(n * n for n in sides[: config.num_levels]) >= config.num_queries
+        if sides[-1] >= 2 and enough:
+            return side
+
+
+def trace(detector: Detector, limits: SizeLimits, plain_sampling: bool = False) -> torch.export.ExportedProgram:
+    """The detector as a program for batches, heights and widths within the limits.
+
+    Args:
+        plain_sampling: with `grid_sample` in deformable attention instead of what is fastest.
+    """
+    device = next(detector.parameters()).device
+    H, W = limits.min_size + STRIDE, limits.min_size + 2 * STRIDE  # any that differ
+    images = torch.zeros(2, 3, H, W, dtype=torch.uint8, device=device)
+    padding_mask = torch.zeros(2, H, W, dtype=torch.bool, device=device)
+    batch = torch.export.Dim("batch", min=1, max=limits.max_batch)
+    bounds = {"min": limits.min_size // STRIDE, "max": limits.max_size // STRIDE}
+    height, width = (STRIDE * torch.export.Dim(name, **bounds) for name in ("height_in_32", "width_in_32"))
+    sizes = {"images": {0: batch, 2: height, 3: width}, "padding_mask": {0: batch, 1: height, 2: width}}
+    detector.eval().requires_grad_(False)
+    with torch.no_grad(), _grid_sample_attention() if plain_sampling else _as_it_is():
+        # Strict, so that `len` of a tensor stays a symbol.
+        return torch.export.export(detector, (images, padding_mask), dynamic_shapes=sizes, strict=True)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _grid_sample_attention() -> Iterator[None]:
+    """Serve deformable attention on the CPU by :func:`ms_deform_attn_by_grid_sample`."""
+    original, reference.ms_deform_attn = reference.ms_deform_attn, ms_deform_attn_by_grid_sample
+    try:
+        yield
+    finally:
+        reference.ms_deform_attn = original
+
+
+def ms_deform_attn_by_grid_sample(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    level_start_index: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """`solq.kernels.ms_deform_attn` of operators that ONNX has: a `grid_sample` per level (Deformable DETR, A.2)."""
+    B, _, M, D = value.shape
+    Q = sampling_locations.shape[1]
+    grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, L, P, 2)
+    weights = attention_weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B·M, 1, Q, L, P)
+    output = value.new_zeros(B * M, D, Q)
+    for level, ((h, w), start) in enumerate(zip(spatial_shapes, level_start_index, strict=True)):
+        maps = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(B * M, D, h, w)
+        samples = F.grid_sample(maps, grids[:, :, level], align_corners=False)  # (B·M, D, Q, P)
+        output = output + (samples * weights[:, :, :, level]).sum(-1)
+    return output.view(B, M * D, Q).transpose(1, 2)
+
+
+# ---- the file
+
+
+def describe(detector: Detector, limits: SizeLimits, format: Format, device: torch.device) -> dict[str, Any]:
+    """What the file is, takes and returns; written into it."""
+    model, K = detector.model, detector.top_k
+    sides = f"H and W multiples of {STRIDE} from {limits.min_size} to {limits.max_size}"
+    outputs = {
+        "scores": f"(B, {K}) float32, best first",
+        "labels": f"(B, {K}) int64, indices into class_names and category_ids",
+        "boxes": f"(B, {K}, 4) float32, x0 y0 x1 y1 in 0..1 of each image without its padding",
+    }
+    if model.vector_embed:
+        N = model.mask_coding.size
+        outputs["masks"] = f"(B, {K}, {N}, {N}) bool, each stretched over its box: paste it there"
+    elif model.mask_head:
+        stride = model.mask_head.stride
+        outputs["mask_logits"] = (
+            f"(B, {K}, H/{stride}, W/{stride}) float32 over the padded image: the mask is where it is above 0, "
+            "inside the box"
+        )
+    return {
+        "model": "solq",
+        "format": format,
+        "device": device.type,
+        "needs": "import solq.kernels before loading" if device.type == "cuda" else "nothing of this package",
+        "inputs": {
+            "images": f"(B, 3, H, W) uint8 RGB, B from 1 to {limits.max_batch}, {sides}; images of other sizes are "
+            "resized and padded at the right and at the bottom",
+            "padding_mask": "(B, H, W) bool, True on padding",
+        },
+        "outputs": outputs,
+        "shorter_side": model.meta.eval_scale,
+        "longer_side": model.meta.max_size,
+        "limits": asdict(limits),
+        "class_names": model.meta.class_names,
+        "category_ids": model.meta.category_ids,
+        "license": model.meta.license,
+    }
+
+
+def write(program: torch.export.ExportedProgram, description: dict[str, Any], path: Path, format: Format) -> None:
+    """Write a traced detector with its description.
+
+    Raises:
+        ValueError: if the file's name does not end as AOTInductor wants it.
+    """
+    text = json.dumps(description, ensure_ascii=False)
+    match format:
+        case "torch-export":
+            torch.export.save(program, path, extra_files={DESCRIPTION: text})
+        case "aoti":
+            if path.suffix != ".pt2":
+                raise ValueError(f"output is {path}, must end in .pt2")
+            options = {"aot_inductor.metadata": {"solq": text}}
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        case "onnx":
+            _write_onnx(program, description, path)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, description: dict[str, Any], path: Path) -> None:
+    onnx_program = torch.onnx.export(
+        program,
+        input_names=list(description["inputs"]),
+        output_names=list(description["outputs"]),
+        opset_version=ONNX_OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert onnx_program is not None
+    ir_model = onnx_program.model
+    ir_model.metadata_props["solq"] = json.dumps(description, ensure_ascii=False)
+    for value in (*ir_model.graph.inputs, *ir_model.graph.outputs):
+        value.doc_string = (description["inputs"] | description["outputs"])[value.name]
+    onnx_program.save(path)
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"ONNX files need {error.name}: pip install solq[onnx]") from error
