@@ -1,0 +1,256 @@
+"""Multi-scale deformable attention: forward, and forward + backward.
+
+    pytest benchmarks/bench_ms_deform_attn.py --benchmark-only
+
+Contenders: ours and ours fused (Triton, on a GPU only: interpreter times mean nothing), the reference eager and
+compiled, grid_sample (the usual formulation in PyTorch, with its stack of all samples), and where they are importable
+mmcv's operator, Deformable DETR's extension, DCNv4's FlashDeformAttn, and transformers. All but "ours fused" are given
+locations and weights; "unfused" is ours with softmax and locations computed by PyTorch, as "ours fused" includes them.
+
+`extra_info` has the bytes that must move (each input read once, each result written once), GB/s, their share of a
+large copy's bandwidth, and the peak memory of one call beyond its inputs.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+M, P = 8, 4
+
+
+class Case(NamedTuple):
+    """One call; the decoder has 300 queries, the encoder one per pixel."""
+
+    image: tuple[int, int]
+    D: int
+    B: int
+    decoder: bool
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [tuple(-(-side // stride) for side in self.image) for stride in (8, 16, 32, 64)]  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        where = "decoder" if self.decoder else "encoder"
+        return f"{where} {self.image[0]}x{self.image[1]} D={self.D} B={self.B}"
+
+
+LARGE, MIDDLE, SMALL, TOY = (800, 1333), (480, 640), (320, 320), (128, 128)
+GPU_CASES = [Case(LARGE, 48, B, decoder) for B in (1, 4) for decoder in (False, True)]
+GPU_CASES += [Case(LARGE, 32, B, decoder) for B in (1, 4, 16) for decoder in (False, True)]
+GPU_CASES += [Case(SMALL, D, 1, decoder) for D in (32, 48) for decoder in (False, True)]
+CPU_CASES = [Case(MIDDLE, 32, 1, False), Case(MIDDLE, 48, 1, False), Case(MIDDLE, 48, 2, False)]
+CPU_CASES += [Case(MIDDLE, 48, 1, True), Case(SMALL, 48, 1, False), Case(TOY, 16, 16, False)]
+
+
+class Inputs(NamedTuple):
+    value: Tensor
+    shapes: list[tuple[int, int]]
+    starts: list[int]
+    points: Tensor
+    offsets: Tensor
+    logits: Tensor
+    locations: Tensor
+    weights: Tensor
+
+
+def make(case: Case, dtype: torch.dtype) -> Inputs:
+    """Points at pixel centres in the encoder; offsets of a few pixels, as trained models have."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = case.shapes
+    L, S = len(shapes), sum(h * w for h, w in shapes)
+    centres = torch.cat(
+        [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
+    )
+    if case.decoder:
+        centres = torch.rand(300, 2, generator=generator)
+    Q = len(centres)
+    points = centres[None, :, None].expand(case.B, Q, L, 2).contiguous()
+    offsets = torch.randn(case.B, Q, M, L, P, 2, generator=generator) * 2
+    logits = torch.randn(case.B, Q, M, L, P, generator=generator)
+    sizes = torch.tensor([(w, h) for h, w in shapes])
+    locations = points[:, :, None, :, None] + offsets / sizes[:, None]
+    weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+    value = torch.randn(case.B, S, M, case.D, generator=generator)
+
+    def leaf(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+        return tensor.to(DEVICE, dtype).requires_grad_()
+
+    starts = list(accumulate((h * w for h, w in shapes[:-1]), initial=0))
+    return Inputs(
+        leaf(value), shapes, starts, points.to(DEVICE), leaf(offsets), leaf(logits),
+        leaf(locations, torch.float32), leaf(weights, torch.float32),
+    )  # fmt: skip
+
+
+def ours(i: Inputs) -> Tensor:
+    return ms_deform_attn(i.value, i.shapes, i.starts, i.locations, i.weights)
+
+
+def ours_fused(i: Inputs) -> Tensor:
+    return ms_deform_attn_fused(i.value, i.shapes, i.starts, i.points, i.offsets, i.logits)
+
+
+def ours_unfused(i: Inputs) -> Tensor:
+    sizes = torch.tensor([(w, h) for h, w in i.shapes], dtype=torch.float32).to(DEVICE, non_blocking=True)
+    locations = i.points[:, :, None, :, None] + i.offsets / sizes[:, None]
+    weights = i.logits.float().flatten(-2).softmax(-1).view(i.logits.shape)
+    return ms_deform_attn(i.value, i.shapes, i.starts, locations, weights)
+
+
+def reference_eager(i: Inputs) -> Tensor:
+    return reference.ms_deform_attn(i.value, i.shapes, i.starts, i.locations, i.weights)
+
+
+reference_compiled = torch.compile(reference_eager, fullgraph=True)
+
+
+def grid_sample(i: Inputs) -> Tensor:
+    """The formulation in PyTorch that Deformable DETR and transformers carry: all samples in one tensor."""
+    B, _, M, D = i.value.shape
+    Q = i.locations.shape[1]
+    grids = 2 * i.locations.to(i.value.dtype) - 1
+    sampled = []
+    sizes = [h * w for h, w in i.shapes]
+    for level, (rows, (h, w)) in enumerate(zip(i.value.split(sizes, dim=1), i.shapes, strict=True)):
+        image = rows.flatten(2).transpose(1, 2).reshape(B * M, D, h, w)
+        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    weights = i.weights.to(i.value.dtype).transpose(1, 2).reshape(B * M, 1, Q, -1)
+    output = (torch.stack(sampled, dim=-2).flatten(-2) * weights).sum(-1)
+    return output.view(B, M * D, Q).transpose(1, 2)
+
+
+def _level_tensors(i: Inputs) -> tuple[Tensor, Tensor]:
+    return torch.tensor(i.shapes, device=DEVICE), torch.tensor(i.starts, device=DEVICE)
+
+
+def mmcv(i: Inputs) -> Tensor:
+    ops = pytest.importorskip("mmcv.ops.multi_scale_deform_attn", reason="mmcv is not installed")
+    apply = ops.MultiScaleDeformableAttnFunction.apply
+    return apply(i.value, *_level_tensors(i), i.locations, i.weights, 64)
+
+
+class _ExtensionFunction(torch.autograd.Function):
+    """Around the extension's two functions, as Deformable DETR has it."""
+
+    @staticmethod
+    def forward(ctx, extension, *tensors):
+        ctx.extension = extension
+        ctx.save_for_backward(*tensors)
+        return extension.ms_deform_attn_forward(*tensors, 64)
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, locations, weights = ctx.extension.ms_deform_attn_backward(*ctx.saved_tensors, grad.contiguous(), 64)
+        return None, value, None, None, locations, weights
+
+
+def deformable_detr(i: Inputs) -> Tensor:
+    extension = pytest.importorskip("MultiScaleDeformableAttention", reason="the extension is not compiled here")
+    if i.value.dtype != torch.float32:
+        pytest.skip("the extension has no half precision")
+    return _ExtensionFunction.apply(extension, i.value, *_level_tensors(i), i.locations, i.weights)
+
+
+def flash_deform_attn(i: Inputs) -> Tensor:
+    dcnv4 = pytest.importorskip("DCNv4.functions", reason="DCNv4 is not installed")
+    if i.value.dtype == torch.float32:
+        pytest.skip("FlashDeformAttn is compared in half precision")
+    B, Q = i.locations.shape[:2]
+    packed = torch.cat([i.locations.flatten(-3), i.logits.flatten(-2)], dim=-1).view(B, Q, M, -1).to(i.value.dtype)
+    return dcnv4.FlashDeformAttnFunction.apply(i.value, *_level_tensors(i), packed, 64, P)
+
+
+def transformers(i: Inputs) -> Tensor:
+    modeling = pytest.importorskip(
+        "transformers.models.deformable_detr.modeling_deformable_detr", reason="transformers is not installed"
+    )
+    module = modeling.MultiScaleDeformableAttention()
+    dtype = i.value.dtype
+    return module(i.value, None, i.shapes, None, i.locations.to(dtype), i.weights.to(dtype), 64)
+
+
+CONTENDERS = [ours, ours_fused, ours_unfused, reference_eager, reference_compiled]
+CONTENDERS += [grid_sample, transformers, deformable_detr, mmcv, flash_deform_attn]
+
+
+def compulsory_bytes(contender: Callable[[Inputs], Tensor], i: Inputs, backward: bool) -> int:
+    """Inputs once and the output once; backward the same again with the gradients' sizes."""
+    fused = contender in (ours_fused, ours_unfused)
+    read = [i.value, *((i.points, i.offsets, i.logits) if fused else (i.locations, i.weights))]
+    output = i.value.element_size() * i.locations.shape[0] * i.locations.shape[1] * M * i.value.shape[-1]
+    moved = sum(t.nbytes for t in read) + output
+    return moved * 3 if backward else moved
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Most bytes held at once by one call, beyond those held before it."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    most, before, done = 0, resident(), threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            most = max(most, resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return most - before
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.__name__)
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", GPU_CASES if ON_GPU else CPU_CASES, ids=str)
+def test_ms_deform_attn(benchmark, copy_bandwidth: float, case: Case, dtype, direction: str, contender) -> None:
+    if not ON_GPU and contender in (ours, ours_fused, ours_unfused):
+        pytest.skip("Triton needs a GPU: interpreter times mean nothing")
+    if not ON_GPU and dtype == torch.bfloat16:
+        pytest.skip("on a CPU all contenders are compared in float32")
+    backward = direction == "forward_backward"
+    inputs = make(case, dtype)
+    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            output = contender(inputs)
+        if backward:
+            torch.autograd.grad(output, leaves, output.detach(), allow_unused=True)
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    with use_backend("triton" if ON_GPU else "reference"):
+        call()  # compiles
+        benchmark.extra_info["peak_bytes"] = peak_of(call)
+        benchmark.group = f"{case} {str(dtype).removeprefix('torch.')} {direction}"
+        benchmark.pedantic(call, rounds=50 if ON_GPU else 7, warmup_rounds=3 if ON_GPU else 1)
+    moved = compulsory_bytes(contender, inputs, backward)
+    if benchmark.stats:
+        rate = moved / benchmark.stats.stats.median
+        benchmark.extra_info |= {"bytes": moved, "GB/s": rate / 1e9, "share_of_copy": rate / copy_bandwidth}
