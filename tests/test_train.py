@@ -259,14 +259,14 @@ def cut_short(image: Path) -> None:
 
 
 def test_ctrl_c_saves_and_exits(data: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    lr_factor = train.lr_factor
+    count_boxes, calls = train.SetCriterion.count_boxes, iter(range(99))
 
-    def press(step: int, *rest: Any) -> float:
-        if step == 2:
+    def press(*args: Any) -> torch.Tensor:
+        if next(calls) == 2:  # of one call in each step
             signal.raise_signal(signal.SIGINT)
-        return lr_factor(step, *rest)
+        return count_boxes(*args)
 
-    monkeypatch.setattr(train, "lr_factor", press)
+    monkeypatch.setattr(train.SetCriterion, "count_boxes", staticmethod(press))
     before = signal.getsignal(signal.SIGINT)
     flags = [*SMALL, "--data", data, "--output", tmp_path / "run", "--steps", "5"]
     ended = main(*flags)
@@ -274,7 +274,6 @@ def test_ctrl_c_saves_and_exits(data: Path, tmp_path: Path, main: Main, monkeypa
     assert [path.stem for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert signal.getsignal(signal.SIGINT) is before
-    monkeypatch.setattr(train, "lr_factor", lr_factor)
     main(*flags, "--resume")
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
@@ -444,9 +443,7 @@ def test_category_ids_with_gaps(own_data: Path, tmp_path: Path, main: Main) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_truncated_images_are_skipped_and_counted(
-    workers: int, own_data: Path, tmp_path: Path, main: Main, capfd: Any
-) -> None:
+def test_truncated_images_are_skipped_and_counted(workers: int, own_data: Path, tmp_path: Path, main: Main) -> None:
     """Five of ten, so that whole batches are; one for validation. `--strict` stops at the first."""
     for number in (1, 3, 5, 7, 9, 12):
         cut_short(own_data / ("train2017" if number < 11 else "val2017") / f"{number:012d}.jpg")
