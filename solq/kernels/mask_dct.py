@@ -461,7 +461,7 @@ def _encode_blocks(size: int, num_coefficients: int, exact: bool) -> dict[str, i
         "BLOCK_ROWS": block,
         "BLOCK_COLUMNS": block,
         # Of bytes a whole mask up to 128 × 128 is in flight while the one before it is transformed.
-        "BLOCK_Y": side if exact and side <= 128 else min(side, 32),
+        "BLOCK_Y": min(side, 16384 // side if exact else 32),
         "BLOCK_X": min(side, 128 if exact else 32),
         "num_warps": 4 if exact and side <= 128 else 8,
     }
