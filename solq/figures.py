@@ -1,0 +1,260 @@
+"""`solq figures`: the paper's pictures of a trained model's own predictions."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
+
+from solq.kernels.module import MSDeformAttn
+from solq.models.solq import SOLQ
+from solq.postprocess import Detections
+from solq.predictor import ImageLike, Predictor, expand_folders, read_rgb
+
+PANEL_SIDE = 560  # pixels of a panel's longer side
+FINER = 3  # pictures are drawn so many times larger, then reduced: smooth circles and lines
+FONT_SIZE = 17
+MARGIN = 14
+COLORS = ((48, 60, 190), (40, 170, 235), (120, 230, 110), (255, 215, 40), (245, 70, 30))  # from no weight to the most
+KINDS = {"unified": "UQR", "separate": "SQR", "none": "no masks"}  # the paper's names of where masks come from
+
+
+@dataclass
+class FiguresConfig:
+    """Draw where the decoder looks for an object (the paper's Figure 4), and two models side by side (3 and 5)."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A file of solq.save, of train.py, or an official SOLQ checkpoint."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Images, or folders of images."""
+    compare: Path | None = None
+    """Another checkpoint, for example with separate masks, whose predictions are drawn beside."""
+    output: Path = Path("figures")
+    """Folder to write to."""
+    objects: int = 3
+    """Most objects of an image whose attention is drawn, the best first."""
+    layer: int = -1
+    """Decoder layer, from 0, or from -1 backwards."""
+    threshold: float = 0.4
+    """Least score of an object."""
+    device: str = "auto"
+
+
+def figures(config: FiguresConfig) -> None:
+    """Write NAME-attention.png for each image, and NAME-compared.png if there is a model to compare with.
+
+    What cannot be used is reported in a line each, and ends the program with status 1.
+
+    Raises:
+        OSError, ValueError: a checkpoint, a setting or the output folder cannot be used.
+    """
+    if not config.images:
+        raise ValueError("no images are given: name files or folders")
+    if config.objects < 1:
+        raise ValueError(f"objects is {config.objects}, must be at least 1")
+    predictor = Predictor(config.checkpoint, device=config.device)
+    layers = predictor.model.config.decoder_layers
+    if not -layers <= config.layer < layers:
+        raise ValueError(f"layer is {config.layer}, must be in {-layers}..{layers - 1}")
+    other = None if config.compare is None else Predictor(config.compare, device=config.device)
+    config.output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for image in expand_folders(config.images):
+        assert isinstance(image, Path)
+        try:
+            pages = {"attention": attention_figure(predictor, image, config.objects, config.layer, config.threshold)}
+            if other is not None:
+                pages["compared"] = comparison_figure([predictor, other], image, config.threshold)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        for name, page in pages.items():
+            path = config.output / f"{image.stem}-{name}.png"
+            page.save(path)
+            print(path)
+    if failed:
+        print(f"error: {failed} of the images could not be drawn, see above", file=sys.stderr)
+        raise SystemExit(1)
+
+
+# ---- attention
+
+
+@dataclass
+class Attention:
+    """Where the queries of one decoder layer look: its M heads, L levels and P points of each query.
+
+    locations (Q, M, L, P, 2) as (x, y) in 0..1 of the image; weights (Q, M, L, P), of sum 1 for each head.
+    """
+
+    locations: Tensor
+    weights: Tensor
+
+
+def attend(
+    predictor: Predictor, image: ImageLike, layer: int = -1, threshold: float = 0.4
+) -> tuple[Detections, Tensor, Attention]:
+    """The detections of one image, the query (K,) int64 of each, and what one decoder layer attended to."""
+    with _record(predictor.model, layer) as recorded:
+        detections = predictor(image, threshold=threshold)
+    assert isinstance(detections, Detections)
+    logits = recorded["outputs"]["pred_logits"][0]
+    best = logits.flatten().sigmoid().topk(len(detections)).indices
+    return detections, best // logits.shape[1], recorded["attention"]
+
+
+@contextmanager
+def _record(model: SOLQ, layer: int) -> Iterator[dict[str, Any]]:
+    """Note the model's outputs and a decoder layer's attention in the next call, which is of one image."""
+    recorded: dict[str, Any] = {}
+
+    def note_attention(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, MSDeformAttn)
+        query, reference_points, _, spatial_shapes, *_ = args
+        recorded["attention"] = sampled(module, query, reference_points, spatial_shapes)
+
+    def note_outputs(module: nn.Module, args: tuple[Any, ...], outputs: dict[str, Any]) -> None:
+        recorded["outputs"] = outputs
+
+    cross_attention = model.transformer.decoder.layers[layer].cross_attn
+    hooks = [cross_attention.register_forward_pre_hook(note_attention), model.register_forward_hook(note_outputs)]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sampled(
+    module: MSDeformAttn, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+) -> Attention:
+    """What an attention module looks at for the first image, from its arguments (Deformable DETR, appendix A.4)."""
+    shape = (query.shape[1], module.n_heads, module.n_levels, module.n_points)
+    offsets = module.sampling_offsets(query[0]).float().view(*shape, 2)
+    weights = module.attention_weights(query[0]).float().view(*shape).flatten(2).softmax(-1).view(shape)
+    references = reference_points[0].float()[:, None, :, None]  # (Q, 1, L, 1, 2 or 4)
+    if references.shape[-1] == 2:
+        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], device=query.device)
+        locations = references + offsets / sizes[:, None]
+    else:
+        locations = references[..., :2] + offsets * references[..., 2:] * (0.5 / module.n_points)
+    return Attention(locations, weights)
+
+
+def attention_figure(
+    predictor: Predictor, image: ImageLike, objects: int = 3, layer: int = -1, threshold: float = 0.4
+) -> Image.Image:
+    """An image with its detections, then for each of the best the points that its query sampled, coloured by weight.
+
+    Raises:
+        ValueError: if the model finds no object in the image.
+        OSError: if it cannot be read.
+    """
+    pixels = read_rgb(image)
+    try:
+        detections, queries, attention = attend(predictor, pixels, layer, threshold)
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from error
+    if not len(detections):
+        raise ValueError(f"{image}: nothing has a score of {threshold} or more: lower --threshold to see more")
+    detections = detections.to("cpu")
+    picture = to_pil_image(pixels)
+    panels = [(f"{len(detections)} objects" if len(detections) > 1 else "1 object", detections.draw(pixels))]
+    shown = list(zip(queries.tolist(), range(len(detections)), strict=True))
+    shown = [pair for n, pair in enumerate(shown) if pair[0] not in queries[:n].tolist()][:objects]  # a query once
+    most = max(float(attention.weights[query].max()) for query, _ in shown)
+    for query, index in shown:
+        title = f"{detections.class_names[index]} {float(detections.scores[index]):.2f}"
+        panel = _draw_attention(picture, attention.locations[query], attention.weights[query] / most, detections[index : index + 1])
+        panels.append((title, panel))
+    return _page(panels, scale=f"attention weight, 0 to {most:.2f}")
+
+
+def _draw_attention(image: Image.Image, locations: Tensor, weights: Tensor, detection: Detections) -> Image.Image:
+    """The image, darker outside of the object, with its box and the sampling points on it; weights are in 0..1."""
+    size = _panel_size(image, FINER)
+    grey = Image.blend(image.convert("L").convert("RGB"), image, 0.35).resize(size, Image.Resampling.BICUBIC)
+    canvas = grey.point(lambda value: value * 0.45)
+    if detection.masks is not None:
+        mask = to_pil_image(detection.masks[0].byte() * 255).resize(size, Image.Resampling.BILINEAR)
+        canvas.paste(grey.point(lambda value: min(255, value * 0.8 + 25)), mask=mask)
+    draw = ImageDraw.Draw(canvas)
+    x_scale, y_scale = size[0] / image.width, size[1] / image.height
+    x0, y0, x1, y1 = detection.boxes[0].tolist()
+    box = (x0 * x_scale, y0 * y_scale, max(x0, x1) * x_scale, max(y0, y1) * y_scale)
+    draw.rectangle(box, outline="white", width=2 * FINER)
+    order = weights.flatten().argsort()  # the heaviest on top
+    points, shares = locations.flatten(0, 2)[order].cpu(), weights.flatten()[order].cpu()
+    for (x, y), share in zip((points * torch.tensor(size)).tolist(), shares.tolist(), strict=True):
+        radius = FINER * (2.5 + 5.0 * share**0.5)
+        circle = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(circle, fill=_color(share), outline="black", width=FINER // 2)
+    return canvas.resize(_panel_size(image), Image.Resampling.LANCZOS)
+
+
+# ---- two models
+
+
+def comparison_figure(predictors: Sequence[Predictor], image: ImageLike, threshold: float = 0.4) -> Image.Image:
+    """An image, and beside it what each of some models finds in it.
+
+    Raises:
+        OSError, ValueError: if it cannot be read.
+    """
+    pixels = read_rgb(image)
+    panels = [("image", to_pil_image(pixels))]
+    for predictor in predictors:
+        detections = predictor(pixels, threshold=threshold)
+        assert isinstance(detections, Detections)
+        title = f"{KINDS[predictor.model.config.mask_branch]}, {len(detections)} objects"
+        panels.append((title, detections.draw(pixels)))
+    return _page(panels)
+
+
+# ---- pages
+
+
+def _page(panels: Sequence[tuple[str, Image.Image]], scale: str | None = None) -> Image.Image:
+    """Pictures in a row, each with a title above it, and below them, if it has a name, the scale of colours."""
+    pictures = [picture.resize(_panel_size(picture), Image.Resampling.LANCZOS) for _, picture in panels]
+    font = ImageFont.load_default(FONT_SIZE)
+    header, footer = FONT_SIZE + 2 * MARGIN, FONT_SIZE + MARGIN if scale else 0
+    width = MARGIN + sum(picture.width + MARGIN for picture in pictures)
+    height = header + max(picture.height for picture in pictures) + MARGIN + footer
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    left = MARGIN
+    for (title, _), picture in zip(panels, pictures, strict=True):
+        draw.text((left, MARGIN), title, "black", font)
+        page.paste(picture, (left, header))
+        left += picture.width + MARGIN
+    if scale:
+        top, length = height - footer, 220
+        left = width - MARGIN - length
+        for step in range(length):
+            draw.line((left + step, top, left + step, top + FONT_SIZE), _color(step / (length - 1)))
+        draw.text((left - MARGIN - draw.textlength(scale, font), top - 2), scale, "black", font)
+    return page
+
+
+def _panel_size(image: Image.Image, finer: int = 1) -> tuple[int, int]:
+    factor = finer * PANEL_SIDE / max(image.size)
+    return max(1, round(image.width * factor)), max(1, round(image.height * factor))
+
+
+def _color(share: float) -> tuple[int, int, int]:
+    """The colour of a weight in 0..1, between those of COLORS."""
+    steps = list(pairwise(COLORS))
+    step = min(int(share * len(steps)), len(steps) - 1)
+    part = share * len(steps) - step
+    red, green, blue = (round(low + part * (high - low)) for low, high in zip(*steps[step], strict=True))
+    return red, green, blue
