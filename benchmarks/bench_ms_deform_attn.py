@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         where = "decoder" if self.decoder else "encoder"
-        return f"{where} {self.image[0]}x{self.image[1]} D={self.D} B={self.B}"
+        return f"{where}-{self.image[0]}x{self.image[1]}-D{self.D}-B{self.B}"
 
 
 LARGE, MIDDLE, SMALL, TOY = (800, 1333), (480, 640), (320, 320), (128, 128)

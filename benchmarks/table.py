@@ -1,0 +1,102 @@
+"""From the JSON of a benchmark run to Markdown tables and a chart: `python -m benchmarks.table RESULTS.json …`.
+
+Tables go to standard output, one per group of benchmarks, fastest first, with each contender's time relative to the
+fastest. `--readme FILE` puts them between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of a file instead,
+`--chart FILE.svg` draws the medians as bars.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+def groups(files: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The benchmarks of each group; of one run by several files, the last wins."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for file in files:
+        for benchmark in json.loads(file.read_text())["benchmarks"]:
+            group = benchmark["group"] or benchmark["fullname"].split("[")[0].split("/")[-1]
+            found[group][benchmark["name"]] = benchmark
+    return {group: sorted(rows.values(), key=lambda row: row["stats"]["median"]) for group, rows in found.items()}
+
+
+def cell(value: float | None, pattern: str) -> str:
+    return "" if value is None else pattern.format(value)
+
+
+def markdown(files: list[Path]) -> str:
+    parts = []
+    for file in files:
+        run = json.loads(file.read_text())
+        machine, commit = run["machine_info"], run["commit_info"]
+        parts.append(
+            f"{machine.get('device')}, torch {machine.get('torch')}, triton {machine.get('triton')}, "
+            f"commit {commit.get('id', '?')[:10]}{' with changes' if commit.get('dirty') else ''}, {run['datetime'][:10]}"
+        )
+    for group, rows in groups(files).items():
+        lines = [f"**{group}**", "", "| contender | median | relative | GB/s | of a copy | peak memory |"]
+        lines.append("|---|---|---|---|---|---|")
+        for row in rows:
+            median, extra = row["stats"]["median"], row["extra_info"]
+            peak = extra.get("peak_bytes")
+            lines.append(
+                f"| {name(row)} | {median * 1e3:.3g} ms | {median / rows[0]['stats']['median']:.2f} "
+                f"| {cell(extra.get('GB/s'), '{:.3g}')} | {cell(extra.get('share_of_copy'), '{:.0%}')} "
+                f"| {cell(peak and peak / 2**20, '{:.0f} MiB')} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def name(row: dict[str, Any]) -> str:
+    """`test_x[case-float32-forward-ours]`: what distinguishes it within its group comes last."""
+    inside = row["name"].partition("[")[2].rstrip("]")
+    return inside.rsplit("-", 1)[-1] or row["name"]
+
+
+def chart(files: list[Path], target: Path) -> None:
+    """Horizontal bars, one panel per group."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    panels = groups(files)
+    sizes = [len(rows) + 1 for rows in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8, 0.3 * sum(sizes) + 1), height_ratios=sizes, squeeze=False, layout="constrained"
+    )
+    for axis, (group, rows) in zip(axes.flat, panels.items(), strict=True):
+        axis.barh([name(row) for row in rows], [row["stats"]["median"] * 1e3 for row in rows])
+        axis.invert_yaxis()
+        axis.set_title(group, fontsize=9, loc="left")
+        axis.set_xlabel("milliseconds", fontsize=8)
+        axis.tick_params(labelsize=8)
+    figure.savefig(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest-benchmark")
+    parser.add_argument("--readme", type=Path, help=f"file with the lines {START} and {END}")
+    parser.add_argument("--chart", type=Path, help="SVG or PNG file to draw")
+    arguments = parser.parse_args()
+    tables = markdown(arguments.results)
+    if arguments.readme:
+        text = arguments.readme.read_text()
+        if START not in text or END not in text:
+            parser.error(f"{arguments.readme} has no lines {START} and {END}")
+        before, _, rest = text.partition(START)
+        arguments.readme.write_text(f"{before}{START}\n{tables}\n{END}{rest.partition(END)[2]}")
+    else:
+        print(tables)
+    if arguments.chart:
+        chart(arguments.results, arguments.chart)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Measure launch configurations on this machine's GPU: `python -m benchmarks.tune [--json FILE]`.
+
+Prints the entries of `LAUNCH_TABLE` in `solq/kernels/ms_deform_attn.py`: for every D and dtype in use the fastest words
+per block and warps, forward and backward, at the encoder's shape of an 800×1333 image. Copy them into the table.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from benchmarks.bench_ms_deform_attn import LARGE, Case, make, ours_fused
+from solq.kernels.runtime import architecture
+
+kernels = importlib.import_module("solq.kernels.ms_deform_attn")
+DEVICE = torch.device("cuda")
+
+
+def candidates(D: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Blocks of 8 to 128 words that a row fills at least half, with 1 to 8 warps."""
+    words = D // (2 if dtype.itemsize == 2 and D % 2 == 0 else 1)
+    blocks = [block for block in (8, 16, 32, 64, 128) if block // 2 < words]
+    return list(itertools.product(blocks, (1, 2, 4, 8)))
+
+
+def milliseconds(direction: str, D: int, dtype: torch.dtype, configuration: tuple[int, int]) -> float:
+    inputs = make(Case(LARGE, D, 2, decoder=False), dtype)
+    key = (direction, architecture(DEVICE), D, dtype.itemsize)
+    before = dict(kernels.LAUNCH_TABLE)
+    kernels.LAUNCH_TABLE[key] = configuration
+    try:
+        if direction == "forward":
+            with torch.no_grad():
+                return do_bench(lambda: ours_fused(inputs), quantiles=[0.5])
+        output = ours_fused(inputs)
+        leaves = [inputs.value, inputs.offsets, inputs.logits]
+        return do_bench(lambda: torch.autograd.grad(output, leaves, output, retain_graph=True), quantiles=[0.5])
+    finally:
+        kernels.LAUNCH_TABLE.clear()
+        kernels.LAUNCH_TABLE.update(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    parser.add_argument("--channels", type=int, nargs="+", default=[32, 48, 64])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tuning needs a GPU")
+    measured: list[dict[str, Any]] = []
+    for D, dtype, direction in itertools.product(
+        arguments.channels, (torch.bfloat16, torch.float32), ("forward", "backward")
+    ):
+        times = {c: milliseconds(direction, D, dtype, c) for c in candidates(D, dtype)}
+        best = min(times, key=times.__getitem__)
+        rule = kernels.launch_configuration(direction, architecture(DEVICE), D, dtype)
+        print(f'    ("{direction}", "{architecture(DEVICE)}", {D}, {dtype.itemsize}): {best},', flush=True)
+        measured += [
+            {
+                "direction": direction,
+                "architecture": architecture(DEVICE),
+                "D": D,
+                "dtype": str(dtype),
+                "configuration": configuration,
+                "milliseconds": time,
+                "best": configuration == best,
+                "rule": configuration == rule,
+            }
+            for configuration, time in times.items()
+        ]
+    if arguments.json:
+        header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        arguments.json.write_text(json.dumps({**header, "measured": measured}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
