@@ -1,0 +1,261 @@
+"""The command line as a user types it: what it writes, what it says, and the status it ends with."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import nn
+
+import solq
+from solq.__main__ import COMMANDS, main
+from solq.config import ModelMeta, preset
+from solq.data import shapes
+from solq.models.solq import SOLQ
+from solq.predict_files import image_ids, picture_names
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained, for the classes of the shapes dataset."""
+    torch.manual_seed(0)
+    classes = len(shapes.CLASS_NAMES)
+    model = SOLQ(replace(preset("shapes", cpu=True).model, num_classes=classes + 1, num_queries=5))
+    assert model.vector_embed is not None
+    for head in [*model.bbox_embed, model.vector_embed]:
+        nn.init.normal_(head.layers[-1].weight, std=0.05)
+    model.meta = ModelMeta(["", *shapes.CLASS_NAMES], list(range(classes + 1)), 64, 64)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    solq.save(model, path)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str:
+    """The status that `solq ARGUMENTS` ends with, or the line it ends with."""
+    monkeypatch.setattr(sys, "argv", ["solq", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if end.code is not None else 0
+    return 0
+
+
+def write_image(path: Path, size: tuple[int, int] = (40, 60), seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+# ---- commands
+
+
+def test_help_is_quick_and_complete(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in COMMANDS)
+    assert run(monkeypatch) == 0
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.endswith(f"solq {solq.__version__}\n")
+    code = "import sys, solq.__main__ as m; m.help_text(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_unknown_command(monkeypatch):
+    assert str(run(monkeypatch, "predit")).startswith("error: there is no command 'predit', but predict, eval")
+
+
+@pytest.mark.parametrize("name", ["predict", "eval", "info", "fit-coding"])
+def test_help_of_a_command(monkeypatch, capsys, name):
+    assert run(monkeypatch, name, "--help") == 0
+    assert f"usage: solq {name}" in capsys.readouterr().out
+
+
+def test_kernels_import_torch_and_triton_only():
+    code = (
+        "import sys, solq.kernels; "
+        "print([name for name in ("torchvision", 'PIL', 'pycocotools', 'scipy', 'timm', 'tyro', 'rich')"
+        " if name in sys.modules], [name for name in sys.modules if name.startswith('solq.') "
+        "and not name.startswith('solq.kernels')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[] []"
+
+
+# ---- predict
+
+
+def test_predict_writes_pictures_and_results(monkeypatch, capsys, checkpoint, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_image(folder / "7.png", (40, 60), 1)
+    write_image(folder / "12.jpg", (50, 30), 2)
+    alone = write_image(tmp_path / "3.png", (64, 64), 3)
+    output = tmp_path / "new" / "output"
+    assert run(monkeypatch, "predict", checkpoint, folder, alone, "--output", output, "--threshold", 0) == 0
+    printed = capsys.readouterr().out
+    assert "in 3 images" in printed
+    assert "images per second" in printed
+    assert {path.name for path in output.iterdir()} == {"7.jpg", "12.jpg", "3.jpg", "results.json"}
+    assert all(max(Image.open(output / name).size) >= 480 for name in ("7.jpg", "12.jpg", "3.jpg"))
+    results = json.loads((output / "results.json").read_text())
+    assert {(entry["image_id"], entry["file_name"]) for entry in results} == {
+        (7, "7.png"),
+        (12, "12.jpg"),
+        (3, "3.png"),
+    }
+    predictor = solq.Predictor(checkpoint)
+    expected = predictor(alone, threshold=0)
+    of_alone = [entry for entry in results if entry["image_id"] == 3]
+    assert [entry["category_id"] for entry in of_alone] == expected.labels.tolist()
+    decoded = coco_mask.decode([entry["segmentation"] for entry in of_alone])
+    assert (torch.from_numpy(decoded).permute(2, 0, 1).bool() != expected.masks).float().mean() < 1e-3
+
+
+def test_predict_goes_on_after_bad_files_and_says_so(monkeypatch, capsys, checkpoint, tmp_path):
+    good = write_image(tmp_path / "good.png")
+    bad, empty = tmp_path / "bad.jpg", tmp_path / "empty"
+    bad.write_bytes(good.read_bytes()[:200])
+    empty.mkdir()
+    output = tmp_path / "output"
+    missing = tmp_path / "missing.png"
+    assert run(monkeypatch, "predict", checkpoint, bad, empty, missing, good, "--output", output) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 4
+    assert all(line.startswith("error: ") for line in errors)
+    assert "empty holds no images" in errors[0]
+    assert "bad.jpg cannot be read as an image" in errors[1]
+    assert "missing.png: no such file" in errors[2]
+    assert "3 of the files given could not be used" in errors[3]
+    assert {path.name for path in output.iterdir()} == {"good.jpg", "results.json"}
+
+
+def test_predict_refuses_what_cannot_work(monkeypatch, checkpoint, tmp_path):
+    image = write_image(tmp_path / "image.png")
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\n")
+    not_one = tmp_path / "weights.pth"
+    not_one.write_bytes(b"no checkpoint")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        ((checkpoint, image, "--class-names", names), "class_names has 2 entries"),
+        ((checkpoint, image, "--output", tmp_path), "give --output another folder"),
+        ((not_one, image), "weights.pth is refused: it is damaged, or a pickle"),
+        ((tmp_path / "missing.pth", image), "no such file"),
+        ((checkpoint,), "no images are given"),
+        ((checkpoint, image, "--threshold", 2), "must be in 0..1"),
+    ]
+    for arguments, message in cases:
+        if "--output" not in arguments:
+            arguments = (*arguments, "--output", tmp_path / "output")
+        ended = run(monkeypatch, "predict", *arguments)
+        assert isinstance(ended, str), message
+        assert ended.startswith("error: ")
+        assert message in ended
+        assert "\n" not in ended
+
+
+def test_predict_videos(monkeypatch, capsys, checkpoint, tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+    clip = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
+    for index in range(7):
+        writer.write(np.full((64, 96, 3), 30 * index, np.uint8))
+    writer.release()
+    (tmp_path / "broken.avi").write_bytes(b"no video")
+    output = tmp_path / "output"
+    videos = (clip, tmp_path / "broken.avi")
+    assert run(monkeypatch, "predict", checkpoint, *videos, "--output", output, "--threshold", 0, "--top-k", 2) == 1
+    assert "broken.avi cannot be opened" in capsys.readouterr().err
+    written = cv2.VideoCapture(str(output / "clip.mp4"))
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 7
+    assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    results = json.loads((output / "results.json").read_text())
+    assert [entry["image_id"] for entry in results] == [frame for frame in range(7) for _ in range(2)]
+
+
+def test_videos_without_opencv(monkeypatch, checkpoint, tmp_path):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    ended = run(monkeypatch, "predict", checkpoint, tmp_path / "clip.mp4", "--output", tmp_path / "output")
+    assert ended == "error: videos need OpenCV: pip install solq[video]"
+
+
+def test_names_and_ids_of_pictures():
+    files = [Path("a/1.jpg"), Path("b/1.png"), Path("c/x.png")]
+    assert picture_names(files) == ["1.jpg", "1-2.jpg", "x.jpg"]
+    assert image_ids(files) == [1, 2, 3]
+    assert image_ids([Path("000000000139.jpg"), Path("000000000285.jpg")]) == [139, 285]
+    assert image_ids([Path("7.jpg"), Path("007.png")]) == [1, 2]
+
+
+# ---- eval
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images, each with one object."""
+    folder = tmp_path_factory.mktemp("dataset")
+    (folder / "val2017").mkdir()
+    (folder / "annotations").mkdir()
+    names = shapes.CLASS_NAMES
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": 40, "width": 60} for n in range(3)],
+        "annotations": [
+            {
+                "id": n + 1,
+                "image_id": n,
+                "category_id": n + 1,
+                "bbox": [10, 10, 20, 20],
+                "area": 400,
+                "iscrowd": 0,
+                "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]],
+            }
+            for n in range(3)
+        ],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(names, 1)],
+    }
+    for n in range(3):
+        write_image(folder / "val2017" / f"{n}.png", seed=n)
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_eval(monkeypatch, capsys, checkpoint, dataset, tmp_path):
+    arguments = ("--data", dataset, "--output", tmp_path, "--boundary", "--per-class", "--workers", 0)
+    assert run(monkeypatch, "eval", checkpoint, *arguments) == 0
+    printed = capsys.readouterr().out
+    for text in ("parameters", "FLOPs", "images/s", "boundary", shapes.CLASS_NAMES[0]):
+        assert text in printed
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    model = solq.load(checkpoint)
+    assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert model.vector_embed is not None
+    assert metrics["mask_parameters"] == sum(parameter.numel() for parameter in model.vector_embed.parameters())
+    # Multiplications and additions of a perceptron for every query, in each of the decoder's layers.
+    weights = sum(layer.weight.numel() for layer in model.vector_embed.layers)
+    assert metrics["mask_flops"] == 2 * weights * model.config.num_queries * model.config.decoder_layers
+    assert metrics["mask_flops"] < metrics["flops"]
+    assert metrics["seconds"] > 0
+    assert {"box/AP", "mask/AP", "boundary/AP", f"mask/AP/{shapes.CLASS_NAMES[0]}"} <= metrics.keys()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {entry["image_id"] for entry in results} == {0, 1, 2}
+    assert all({"category_id", "bbox", "score", "segmentation"} <= entry.keys() for entry in results)
+
+
+def test_eval_on_other_classes(monkeypatch, checkpoint, dataset, tmp_path):
+    content = json.loads((dataset / "annotations" / "instances_val2017.json").read_text())
+    content["categories"][0]["name"] = "spoon"
+    (dataset / "annotations" / "instances_other.json").write_text(json.dumps(content))
+    if not (dataset / "other").exists():
+        (dataset / "other").symlink_to(dataset / "val2017")
+    ended = str(run(monkeypatch, "eval", checkpoint, "--data", dataset, "--split", "other", "--output", tmp_path))
+    assert ended.startswith("error: category 1 of ")
+    assert "is 'spoon', but" in ended
+    ended = str(run(monkeypatch, "eval", checkpoint, "--data", tmp_path, "--output", tmp_path))
+    assert ended.startswith("error: ")
+    assert "\n" not in ended
