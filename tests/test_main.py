@@ -79,7 +79,7 @@ def test_help_of_a_command(monkeypatch, capsys, name):
 def test_kernels_import_torch_and_triton_only():
     code = (
         "import sys, solq.kernels; "
-        "print([name for name in ("torchvision", 'PIL', 'pycocotools', 'scipy', 'timm', 'tyro', 'rich')"
+        "print([name for name in ('torchvision', 'PIL', 'pycocotools', 'scipy', 'timm', 'tyro', 'rich')"
         " if name in sys.modules], [name for name in sys.modules if name.startswith('solq.') "
         "and not name.startswith('solq.kernels')])"
     )
