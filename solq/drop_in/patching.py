@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 _ABSENT = object()
@@ -28,7 +29,7 @@ class Patch:
     """The replacements in one package.
 
     Args:
-        package: its name as pip knows it.
+        package: the name it is imported by.
         known_to_work: the versions, for error messages, as pip would read them.
         find: imports what is needed of the package and yields the replacements.
     """
@@ -48,16 +49,15 @@ class Patch:
             ImportError: if the package is not installed, or has nothing that could be replaced.
         """
         if not self._applied:
-            try:
-                installed = version(self.package)
-            except PackageNotFoundError:
+            if find_spec(self.package) is None:
                 raise ImportError(
-                    f"{self.package} is not installed: pip install '{self.package}{self.known_to_work}'"
-                ) from None
+                    f"{self.package} is not installed: {self.package}{self.known_to_work} is known to work"
+                )
             replacements = list(self.find())
             if not replacements:
+                installed = [f"{name} {version(name)}" for name in packages_distributions().get(self.package, [])]
                 raise ImportError(
-                    f"{self.package} {installed} has no multi-scale deformable attention that this project knows: "
+                    f"{' '.join(installed) or self.package} has no multi-scale deformable attention known here: "
                     f"{self.package}{self.known_to_work} is known to work"
                 )
             for owner, name, new in replacements:

@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from solq.drop_in.attention import Shapes, attention
 from solq.drop_in.patching import Patch, Replacement
 from solq.kernels import linear_assignment, matching_cost, ms_deform_attn
 from solq.kernels.matching_cost import ClassCost
 
 KNOWN_TO_WORK = ">=5.0,<6"
 HELD = "ms_deformable_attn_core"
-
-Shapes = Tensor | Sequence[tuple[int, int]]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention. Parameters are named as in transformers: by them a definition is recognised.
@@ -48,14 +47,6 @@ def _attention_layer(
 ) -> Tensor:
     """`MultiScaleDeformableAttention.forward` of most models."""
     return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)
-
-
-def _attention(
-    value: Tensor, value_spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    """`multi_scale_deformable_attention` of Mask2Former and OneFormer."""
-    starts = _level_start_index(value_spatial_shapes)
-    return ms_deform_attn(value, value_spatial_shapes, starts, sampling_locations, attention_weights)
 
 
 def _attention_v2(
@@ -95,15 +86,7 @@ def _attention_v2(
         weights = torch.stack(
             [F.pad(level, (0, P - level.shape[-1])) for level in attention_weights.split(num_points_list, -1)], dim=3
         )
-    return _attention(value, value_spatial_shapes, locations, weights)
-
-
-def _level_start_index(shapes: Shapes) -> Tensor | list[int]:
-    """(L,): where each level starts among the pixels of all."""
-    if isinstance(shapes, Tensor):
-        sizes = shapes.prod(1)
-        return sizes.cumsum(0) - sizes
-    return [0, *accumulate(height * width for height, width in shapes[:-1])]
+    return attention(value, value_spatial_shapes, locations, weights)
 
 
 def _pixel_centres(locations: Tensor, shapes: Shapes, num_points_list: list[int]) -> Tensor:
@@ -222,7 +205,7 @@ def _hold(self: Any, function: object) -> None:
 
 
 def _find() -> Iterator[Replacement]:
-    ours = {tuple(inspect.signature(f).parameters): f for f in (_attention_layer, _attention, _attention_v2)}
+    ours = {tuple(inspect.signature(f).parameters): f for f in (_attention_layer, attention, _attention_v2)}
     for module in _modeling_modules():
         holders = list(_holders(module))
         for owner, name in _definitions(module):

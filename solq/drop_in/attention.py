@@ -1,0 +1,22 @@
+"""The operator with the arguments that codebases give their own PyTorch function: no level starts."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from torch import Tensor
+
+from solq.kernels import ms_deform_attn
+
+Shapes = Tensor | Sequence[tuple[int, int]]
+
+
+def attention(
+    value: Tensor, value_spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """`solq.kernels.ms_deform_attn` where each level starts where the one before it ends."""
+    if isinstance(value_spatial_shapes, Tensor):
+        sizes = value_spatial_shapes.prod(1)
+        starts: Tensor | list[int] = sizes.cumsum(0) - sizes
+    else:
+        starts = [0, *accumulate(height * width for height, width in value_spatial_shapes[:-1])]
+    return ms_deform_attn(value, value_spatial_shapes, starts, sampling_locations, attention_weights)

@@ -1,0 +1,65 @@
+"""The ecosystem's own way into transformers: the layer `MultiScaleDeformableAttention` of the package `kernels`.
+
+``solq.drop_in.hub_kernels.register()`` maps that layer to this project, without a download. After it,
+``model.set_use_kernels(True)`` of transformers, or ``kernels.kernelize(model, mode=…)``, takes it from here. Covered
+are the models whose attention is such a layer: not RT-DETRv2, D-FINE, DEIMv2, Mask2Former and OneFormer, for which
+there is `solq.drop_in.transformers`.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from torch import Tensor, nn
+
+from solq.kernels import ms_deform_attn
+
+KNOWN_TO_WORK = ">=0.17,<0.19"
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Stateless, as `kernels` demands: its forward takes the place of the one in a model."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_spatial_shapes_list: Sequence[tuple[int, int]],
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+
+class _ThisPackage:
+    """What `kernels` calls a repository: something that loads a layer."""
+
+    layer_name = "MultiScaleDeformableAttention"
+
+    def load(self) -> type[nn.Module]:
+        return MultiScaleDeformableAttention
+
+
+def register() -> None:
+    """Map the layer on GPUs and the CPU, for `kernels` and, where installed, for transformers.
+
+    Raises:
+        ImportError: if `kernels` is not installed.
+    """
+    if find_spec("kernels") is None:
+        raise ImportError(f"kernels is not installed: pip install 'kernels{KNOWN_TO_WORK}'")
+    from kernels import register_kernel_mapping
+
+    this_package = _ThisPackage()
+    mapping = {this_package.layer_name: {device: this_package for device in ("cuda", "rocm", "cpu")}}
+    register_kernel_mapping(mapping)
+    if find_spec("transformers") is not None:
+        from transformers.integrations import hub_kernels
+        from transformers.utils import is_kernels_available
+
+        if is_kernels_available():  # transformers registers its own mapping later, whenever a model asks for kernels
+            hub_kernels.get_kernel_mapping_transformers().update(mapping)

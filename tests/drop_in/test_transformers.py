@@ -1,0 +1,196 @@
+"""transformers' own models, small and random, give the same outputs, losses and gradients when patched."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+import tiny_models  # noqa: E402
+
+from solq.drop_in import transformers as drop_in  # noqa: E402
+from solq.kernels import use_backend  # noqa: E402
+
+
+def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs by name, and gradients of their sum by the parameter's name."""
+    model.zero_grad()
+    outputs = model(**inputs)
+    tensors = {name: t for name, t in outputs.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    differentiable = [t[t.isfinite()].square().sum() for t in tensors.values() if t.requires_grad]
+    torch.stack(differentiable).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: t.detach() for name, t in tensors.items()} | gradients
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-7, msg=(name + ": {}").format)
+
+
+def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in inputs.items()}
+
+
+def made(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model, inputs = make()
+    for name, parameter in model.named_parameters():  # as initialised, all queries sample alike
+        if "sampling_offsets" in name or "attention_weights" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval().double(), in_float64(inputs)
+
+
+@pytest.mark.parametrize("make", tiny_models.MODELS, ids=lambda make: make.__name__)
+def test_outputs_losses_and_gradients_stay(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> None:
+    model, inputs = made(make)
+    theirs = results(model, inputs)
+    assert any("attention_weights" in name for name in theirs)
+    with drop_in.patched():
+        assert_equal(results(model, inputs), theirs)
+    assert_equal(results(model, inputs), theirs)
+
+
+@pytest.mark.parametrize("make", [tiny_models.deformable_detr, tiny_models.d_fine], ids=lambda make: make.__name__)
+def test_the_kernels_themselves(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> None:
+    model, inputs = made(make)
+    inputs["pixel_values"] = inputs["pixel_values"][..., :32, :32]
+    theirs = results(model, inputs)
+    with drop_in.patched(), use_backend("triton"):
+        assert_equal(results(model, inputs), theirs)
+
+
+def test_the_patched_model_calls_our_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(*arguments: object) -> None:
+        raise ConnectionError("our operator was called")
+
+    monkeypatch.setattr("solq.drop_in.transformers.ms_deform_attn", called)
+    monkeypatch.setattr("solq.drop_in.attention.ms_deform_attn", called)
+    for make in (tiny_models.deformable_detr, tiny_models.d_fine, tiny_models.mask2former):
+        model, inputs = made(make)
+        with drop_in.patched(), pytest.raises(ConnectionError, match="our operator was called"):
+            model(**inputs)
+
+
+def test_every_model_with_the_attention_is_patched() -> None:
+    folder = Path(transformers.__path__[0]) / "models"
+    expected = {path.stem for path in folder.glob("*/modeling_*.py") if "self.sampling_offsets = " in path.read_text()}
+    with drop_in.patched() as names:
+        assert {name.split(".")[3] for name in names if name.startswith("transformers.models.")} == expected
+    tested = {make.__name__.removesuffix("_discrete") for make in tiny_models.MODELS}
+    assert {f"modeling_{name}" for name in tested} == expected
+
+
+def test_unpatching_restores_the_very_objects() -> None:
+    def current() -> list[object]:
+        return [vars(owner).get(name) for owner, name, _ in places]
+
+    places = list(drop_in._find())
+    before = current()
+    assert drop_in.patch() == drop_in.patch()
+    assert all(now is not then for now, then in zip(current(), before, strict=True))
+    with drop_in.patched():
+        pass
+    assert all(now is not then for now, then in zip(current(), before, strict=True))  # patched before the context
+    drop_in.unpatch()
+    drop_in.unpatch()
+    assert all(now is then for now, then in zip(current(), before, strict=True))
+    assert all(name in vars(owner) or then is None for (owner, name, _), then in zip(places, before, strict=True))
+
+
+def test_a_model_made_while_patched_is_its_own_afterwards() -> None:
+    with drop_in.patched():
+        model, inputs = made(tiny_models.d_fine)
+        ours = results(model, inputs)
+    attention = next(module for module in model.modules() if hasattr(module, "ms_deformable_attn_core"))
+    assert attention.ms_deformable_attn_core.__module__ == "transformers.models.d_fine.modeling_d_fine"
+    assert_equal(ours, results(model, inputs))
+
+
+@pytest.mark.parametrize("method", ["default", "discrete"])
+@pytest.mark.parametrize("num_points_list", [[4, 4, 4], [3, 6, 2]])
+def test_points_that_differ_and_nearest_sampling(num_points_list: list[int], method: str) -> None:
+    from transformers.models.d_fine.modeling_d_fine import multi_scale_deformable_attention_v2
+
+    torch.manual_seed(0)
+    shapes, points = [(5, 4), (3, 2), (1, 2)], sum(num_points_list)
+    inputs = [torch.randn(2, 28, 2, 4), torch.rand(2, 7, 2, points, 2) * 1.4 - 0.2, torch.rand(2, 7, 2, points)]
+    found = []
+    for function in (drop_in._attention_v2, multi_scale_deformable_attention_v2):
+        value, locations, weights = (tensor.clone().requires_grad_() for tensor in inputs)
+        output = function(value, shapes, locations, weights, num_points_list, method)
+        output.square().sum().backward()
+        found.append((output, value.grad, weights.grad, locations.grad))
+    for ours, theirs in zip(*found, strict=True):
+        if theirs is None:  # nearest sampling has no gradient to its locations
+            assert ours is None
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_sampling_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="method is 'nearest', must be 'default' or 'discrete'"):
+        drop_in._attention_v2(
+            torch.rand(1, 1, 1, 1), [(1, 1)], torch.rand(1, 1, 1, 1, 2), torch.rand(1, 1, 1, 1), [1], "nearest"
+        )
+
+
+def matchers() -> list[tuple[nn.Module, dict[str, int]]]:
+    from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
+    from transformers.loss.loss_for_object_detection import HungarianMatcher
+    from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
+    from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher
+
+    softmax = transformers.RTDetrConfig(use_focal_loss=False)
+    return [
+        (HungarianMatcher(1, 5, 2), {}),
+        (DeformableDetrHungarianMatcher(2, 5, 2), {}),
+        (LwDetrHungarianMatcher(2, 5, 2), {"group_detr": 3}),
+        (RTDetrHungarianMatcher(transformers.RTDetrConfig(matcher_alpha=0.3, matcher_gamma=1.5)), {}),
+        (RTDetrHungarianMatcher(softmax), {}),
+    ]
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [14, 1, 2], [0, 0, 0]], ids=str)
+def test_matchers_give_the_same_pairs(sizes: list[int]) -> None:
+    """Also with more targets than queries (12, or 4 in a group) and with no targets."""
+    torch.manual_seed(0)
+    outputs = {"logits": torch.randn(3, 12, 7), "pred_boxes": torch.rand(3, 12, 4) * 0.5 + 0.1}
+    targets = [{"class_labels": torch.randint(7, (n,)), "boxes": torch.rand(n, 4) * 0.5 + 0.1} for n in sizes]
+    for matcher, groups in matchers():
+        theirs = matcher(outputs, targets, **groups)
+        with drop_in.patched():
+            ours = matcher(outputs, targets, **groups)
+        for pairs, expected in zip(ours, theirs, strict=True):
+            for index, expected_index in zip(pairs, expected, strict=True):
+                torch.testing.assert_close(index, expected_index, rtol=0, atol=0)
+
+
+def test_a_missing_package_and_an_unknown_version_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drop_in._patch, "find", lambda: iter(()))
+    with pytest.raises(ImportError, match=r"^transformers \d.* transformers>=5.*,<6 is known to work$"):
+        drop_in.patch()
+
+    monkeypatch.setattr("solq.drop_in.patching.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^transformers is not installed: transformers>=5.*,<6 is known to work$"):
+        drop_in.patch()
+
+
+def test_attention_of_another_signature_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mask2former import modeling_mask2former
+
+    def multi_scale_deformable_attention(value: Tensor, something_new: int) -> Tensor:
+        return value
+
+    multi_scale_deformable_attention.__module__ = modeling_mask2former.__name__
+    monkeypatch.setattr(modeling_mask2former, "multi_scale_deformable_attention", multi_scale_deformable_attention)
+    with (
+        pytest.warns(UserWarning, match=r"modeling_mask2former is left unpatched.*\(value, something_new\)"),
+        drop_in.patched(),
+    ):
+        assert modeling_mask2former.multi_scale_deformable_attention is multi_scale_deformable_attention
