@@ -35,7 +35,8 @@ def markdown(files: list[Path]) -> str:
         machine, commit = run["machine_info"], run["commit_info"]
         parts.append(
             f"{machine.get('device')}, torch {machine.get('torch')}, triton {machine.get('triton')}, "
-            f"commit {commit.get('id', '?')[:10]}{' with changes' if commit.get('dirty') else ''}, {run['datetime'][:10]}"
+            f"commit {commit.get('id', '?')[:10]}{' with changes' if commit.get('dirty') else ''}, "
+            f"{run['datetime'][:10]}"
         )
     for group, rows in groups(files).items():
         lines = [f"**{group}**", "", "| contender | median | relative | GB/s | of a copy | peak memory |"]

@@ -14,10 +14,12 @@ from solq.kernels.mask_dct import (
     paste_masks,
 )
 from solq.kernels.matching_cost import matching_cost
+from solq.kernels.module import MSDeformAttn
 from solq.kernels.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from solq.kernels.runtime import use_backend
 
 __all__ = [
+    "MSDeformAttn",
     "crop_dct_encode",
     "dct_decode",
     "dct_decode_binary",

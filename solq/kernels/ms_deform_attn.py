@@ -141,11 +141,11 @@ def _load_channels(word_ptr, mask, DTYPE: tl.constexpr, PACK: tl.constexpr, COMP
     if PACK == 1:
         channels = (word.to(COMPUTE),)
     elif DTYPE == tl.bfloat16:  # noqa: SIM300 (the upper half of a float32)
-        channels = ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
+        channels = ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))  # type: ignore[assignment]
     else:
         low = word.to(tl.int16).to(DTYPE, bitcast=True)
         high = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-        channels = (low.to(COMPUTE), high.to(COMPUTE))
+        channels = (low.to(COMPUTE), high.to(COMPUTE))  # type: ignore[assignment]
     return channels
 
 
@@ -187,7 +187,7 @@ def _add_samples(
         mask = None if first + word.shape[1] <= WORDS else word < WORDS
         channels = _load_channels(row_ptr + word, mask, DTYPE, PACK, COMPUTE)
         for half in tl.static_range(PACK):
-            updated += (accumulators[first // BLOCK_WORDS * PACK + half] + weight[:, None] * channels[half],)
+            updated += (accumulators[first // BLOCK_WORDS * PACK + half] + weight[:, None] * channels[half],)  # type: ignore[assignment]
     return updated
 
 
@@ -228,7 +228,7 @@ def _forward_kernel(
     accumulators = ()
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
         for _half in tl.static_range(PACK):
-            accumulators += (
+            accumulators += (  # type: ignore[assignment]
                 tl.zeros([BLOCK_QUERIES, BLOCK_WORDS if first + BLOCK_WORDS <= WORDS else LAST_BLOCK], COMPUTE),
             )
 
