@@ -25,7 +25,7 @@ from solq.evaluation import CocoEvaluator, class_table, evaluate, table
 from solq.models.solq import SOLQ
 from solq.postprocess import postprocess
 from solq.predict_files import DTYPES
-from solq.predictor import choose_device
+from solq.predictor import Predictor, choose_device
 from solq.weights import load
 
 INPUT_SIZE = (512, 852)  # height and width of the images of the paper's Table 5
@@ -40,7 +40,10 @@ class EvalConfig:
     data: Path
     """Folder of the dataset."""
     split: str = "val2017"
-    """Images in DATA/<split>/, annotations in DATA/annotations/instances_<split>.json."""
+    """Images in DATA/<split>/, annotations in DATA/annotations/instances_<split>.json; or, of a split without
+    annotations as COCO's test-dev2017, their list in image_info_<split>.json: then results.json is all there is."""
+    images: Path | None = None
+    """Folder of the images, if it is another one, as DATA/test2017 for test-dev2017."""
     output: Path = Path("evaluation")
     """Folder for metrics.json, and results.json in the format of COCO's test server."""
     boundary: bool = False
@@ -61,7 +64,7 @@ class EvalConfig:
 
 
 def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
-    """Print the tables, write metrics.json and results.json, return the metrics.
+    """Print the tables, write metrics.json and results.json, return the metrics; none without annotations.
 
     Raises:
         OSError, ValueError: the checkpoint or the dataset cannot be used, or their classes are not the same.
@@ -70,9 +73,15 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     device = choose_device(config.device)
     model = load(config.checkpoint)
     size, max_size = config.size or model.meta.eval_scale, config.max_size or model.meta.max_size
+    folder = config.images or config.data / config.split
+    annotations = config.data / "annotations" / f"instances_{config.split}.json"
+    image_list = annotations.with_name(f"image_info_{config.split}.json")
+    if image_list.is_file() and not annotations.is_file():
+        predict_listed(config, model, folder, image_list, console)
+        return {}
     dataset = CocoDataset(
-        config.data / config.split,
-        config.data / "annotations" / f"instances_{config.split}.json",
+        folder,
+        annotations,
         EvalTransform(size, max_size),
         train=False,
     )
@@ -104,6 +113,39 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     (config.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     console.print(f"metrics.json and results.json are in {config.output}", soft_wrap=True)
     return metrics
+
+
+def predict_listed(config: EvalConfig, model: SOLQ, folder: Path, image_list: Path, console: Console) -> None:
+    """Write results.json of the images in a list without annotations, for COCO's test server.
+
+    Raises:
+        OSError, ValueError: the list or one of the images cannot be used; the server wants all of them.
+    """
+    try:
+        images = {folder / image["file_name"]: image["id"] for image in json.loads(image_list.read_bytes())["images"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{image_list} is no list of images in COCO's format: {error!r}") from error
+    predictor = Predictor(
+        model,
+        device=config.device,
+        dtype=DTYPES[config.dtype],
+        size=config.size,
+        max_size=config.max_size,
+        batch_size=config.batch_size,
+    )
+    results = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("prediction", total=len(images))
+        for prediction in predictor.stream(images, threshold=0):
+            if prediction.error is not None:
+                raise prediction.error
+            assert prediction.detections is not None
+            assert isinstance(prediction.source, Path)
+            results += prediction.detections.to_coco(images[prediction.source])
+            progress.advance(task)
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "results.json").write_text(json.dumps(results))
+    console.print(f"{image_list} has no annotations to score against: results.json is in {config.output}")
 
 
 def categories_of_labels(model: SOLQ, dataset: CocoDataset) -> list[int]:

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -61,4 +63,5 @@ def write_report(
         "any image with the trained model:"
     )
     image = val_set.images / evaluator.dataset["images"][0]["file_name"]
-    say(f"solq predict {output / 'model.safetensors'} {image} --output {output / 'pictures'}")
+    command = "solq" if shutil.which("solq") else f"{sys.executable} -m solq"
+    say(f"{command} predict {output / 'model.safetensors'} {image} --output {output / 'pictures'}")

@@ -259,3 +259,15 @@ def test_eval_on_other_classes(monkeypatch, checkpoint, dataset, tmp_path):
     ended = str(run(monkeypatch, "eval", checkpoint, "--data", tmp_path, "--output", tmp_path))
     assert ended.startswith("error: ")
     assert "\n" not in ended
+
+
+def test_eval_without_annotations(monkeypatch, capsys, checkpoint, dataset, tmp_path):
+    """As COCO's test-dev: a list of images in another folder, all of whose results are written."""
+    images = [{"id": 70 + n, "file_name": f"{n}.png", "height": 40, "width": 60} for n in (0, 2)]
+    (dataset / "annotations" / "image_info_test-dev.json").write_text(json.dumps({"images": images}))
+    arguments = ("--data", dataset, "--split", "test-dev", "--images", dataset / "val2017", "--output", tmp_path)
+    assert run(monkeypatch, "eval", checkpoint, *arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {entry["image_id"] for entry in results} == {70, 72}
+    (dataset / "annotations" / "image_info_test-dev.json").write_text("[]")
+    assert "no list of images in COCO's format" in str(run(monkeypatch, "eval", checkpoint, *arguments))
