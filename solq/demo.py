@@ -86,7 +86,8 @@ def build_page(predictor: Predictor, threshold: float = 0.4) -> "gradio.Blocks":
         with gradio.Row():
             with gradio.Column():
                 # A file, not pixels: it is turned as its EXIF entry says, and of any kind that Pillow reads.
-                picture = gradio.Image(type="filepath", label="Picture", sources=["upload", "clipboard"])
+                sources = ["upload", "clipboard"]
+                picture = gradio.Image(type="filepath", image_mode=None, label="Picture", sources=sources)
                 slider = gradio.Slider(LEAST_SCORE, 1, threshold, step=0.01, label="Threshold", elem_id="threshold")
             with gradio.Column():
                 result = gradio.Image(label="Objects", interactive=False, elem_id="result")

@@ -68,12 +68,14 @@ def export(config: ExportConfig) -> None:
         if device.type != "cpu":
             raise ValueError(f"device is {config.device} but ONNX files are made on the CPU: leave --device out")
         _require_onnx()
+    path = config.output or config.checkpoint.with_name(config.checkpoint.stem + SUFFIXES[config.format])
+    if config.format == "aoti" and path.suffix != ".pt2":
+        raise ValueError(f"output is {path}, must end in .pt2")
     model = load(config.checkpoint).to(device)
     limits = size_limits(model, config)
     detector = Detector(model, config.top_k)
     program = trace(detector, limits, plain_sampling=config.format == "onnx")
     description = describe(detector, limits, config.format, device)
-    path = config.output or config.checkpoint.with_name(config.checkpoint.stem + SUFFIXES[config.format])
     path.parent.mkdir(parents=True, exist_ok=True)
     write(program, description, path, config.format)
     print(json.dumps(description["inputs"] | description["outputs"], indent=2, ensure_ascii=False))
@@ -178,13 +180,14 @@ def trace(detector: Detector, limits: SizeLimits, plain_sampling: bool = False) 
     """
     device = next(detector.parameters()).device
     H, W = limits.min_size + STRIDE, limits.min_size + 2 * STRIDE  # any that differ
-    images = torch.zeros(2, 3, H, W, dtype=torch.uint8, device=device)
-    padding_mask = torch.zeros(2, H, W, dtype=torch.bool, device=device)
+    B = min(limits.max_batch, 7)  # no size in the model: torch may take two that agree by chance for one
+    images = torch.zeros(B, 3, H, W, dtype=torch.uint8, device=device)
+    padding_mask = torch.zeros(B, H, W, dtype=torch.bool, device=device)
     batch = torch.export.Dim("batch", min=1, max=limits.max_batch)
     bounds = {"min": limits.min_size // STRIDE, "max": limits.max_size // STRIDE}
     height, width = (STRIDE * torch.export.Dim(name, **bounds) for name in ("height_in_32", "width_in_32"))
     sizes = {"images": {0: batch, 2: height, 3: width}, "padding_mask": {0: batch, 1: height, 2: width}}
-    detector.eval().requires_grad_(False)
+    detector.eval().requires_grad_()  # of weights without a gradient torch compares the strides, and fixes the batch
     with torch.no_grad(), _grid_sample_attention() if plain_sampling else _as_it_is():
         # Strict, so that `len` of a tensor stays a symbol.
         return torch.export.export(detector, (images, padding_mask), dynamic_shapes=sizes, strict=True)
@@ -267,18 +270,12 @@ def describe(detector: Detector, limits: SizeLimits, format: Format, device: tor
 
 
 def write(program: torch.export.ExportedProgram, description: dict[str, Any], path: Path, format: Format) -> None:
-    """Write a traced detector with its description.
-
-    Raises:
-        ValueError: if the file's name does not end as AOTInductor wants it.
-    """
+    """Write a traced detector with its description."""
     text = json.dumps(description, ensure_ascii=False)
     match format:
         case "torch-export":
             torch.export.save(program, path, extra_files={DESCRIPTION: text})
         case "aoti":
-            if path.suffix != ".pt2":
-                raise ValueError(f"output is {path}, must end in .pt2")
             options = {"aot_inductor.metadata": {"solq": text}}
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
         case "onnx":
