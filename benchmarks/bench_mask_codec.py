@@ -209,7 +209,7 @@ def run(benchmark, call: Callable[[], Tensor], expected: Tensor, moved: int, wro
         benchmark.pedantic(timed, rounds=50 if DEVICE.type == "cuda" else 7, warmup_rounds=2)
 
 
-@pytest.mark.parametrize("contender", [ours, eager, compiled, full_fft, opencv_loop])
+@pytest.mark.parametrize("contender", [ours, eager, pytest.param(compiled, id="compiled"), full_fft, opencv_loop])
 @pytest.mark.parametrize("K", COUNTS)
 def test_encode(benchmark, K: int, contender: Callable[[Tensor], Tensor]) -> None:
     benchmark.group = f"encode {K} masks"
@@ -217,7 +217,16 @@ def test_encode(benchmark, K: int, contender: Callable[[Tensor], Tensor]) -> Non
     run(benchmark, lambda: contender(masks), eager(masks), K * (N * N + 4 * n), wrong=0)
 
 
-@pytest.mark.parametrize("contender", [ours_decode, eager_decode, compiled_decode, full_fft_decode, opencv_loop_decode])
+@pytest.mark.parametrize(
+    "contender",
+    [
+        ours_decode,
+        eager_decode,
+        pytest.param(compiled_decode, id="compiled_decode"),
+        full_fft_decode,
+        opencv_loop_decode,
+    ],
+)
 @pytest.mark.parametrize("K", COUNTS)
 def test_decode(benchmark, K: int, contender: Callable[[Tensor], Tensor]) -> None:
     benchmark.group = f"decode {K} vectors"

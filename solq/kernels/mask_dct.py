@@ -218,7 +218,7 @@ def _crop_encode_kernel(
     y0 = tl.load(boxes_ptr + number * 4 + 1)
     x1 = tl.load(boxes_ptr + number * 4 + 2)
     y1 = tl.load(boxes_ptr + number * 4 + 3)
-    valid = (x1 - x0) * 0 + (y1 - y0) * 0 == 0  # finite
+    valid = x0 * 0 + y0 * 0 + x1 * 0 + y1 * 0 == 0  # finite
     start_x, bin_x, count_x = _bins(x0, x1, valid, SIZE)
     start_y, bin_y, count_y = _bins(y0, y1, valid, SIZE)
 

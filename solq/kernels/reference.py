@@ -266,12 +266,16 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Te
     """Masks (K, N, N) stretched over their boxes (K, 4) in an image (H, W), True where ≥ 0.5: (K, H, W) bool."""
     H, W = image_size
     size = masks.shape[-1]
+    boxes = boxes.float()
+    extent = boxes[:, 2:] - boxes[:, :2]
+    visible = ((extent > 0) & extent.isfinite()).all(1)
     images = masks.new_zeros(len(masks), H, W, dtype=torch.bool)
-    for image, mask, (x0, y0, x1, y1) in zip(images, masks.float(), boxes.float().tolist(), strict=True):
-        if x0 < x1 and y0 < y1 and math.isfinite(x1 - x0) and math.isfinite(y1 - y0):
-            down, top = _paste_weights(y0, y1, H, size, masks.device)
-            across, left = _paste_weights(x0, x1, W, size, masks.device)
-            image[top : top + len(down), left : left + len(across)] = down @ mask @ across.T >= 0.5
+    for index in visible.nonzero()[:, 0].tolist():
+        x0, y0, x1, y1 = boxes[index].tolist()
+        down, top = _paste_weights(y0, y1, H, size, masks.device)
+        across, left = _paste_weights(x0, x1, W, size, masks.device)
+        pasted = down @ masks[index].float() @ across.T
+        images[index, top : top + len(down), left : left + len(across)] = pasted >= 0.5
     return images
 
 

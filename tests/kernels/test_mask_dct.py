@@ -181,7 +181,7 @@ def test_more_elements_than_32_bits_count(device: torch.device) -> None:
 @pytest.mark.parametrize("N", [16, 48, 128])
 def test_crop_is_roi_align(N: int, backend: str, device: torch.device) -> None:
     H, W = 90, 120
-    K = 60 if backend == "reference" or device.type == "cuda" else 9
+    K = 60 if backend == "reference" or device.type == "cuda" else 7
     boxes = random_boxes(K, H, W, seed=N)
     boxes[0] = torch.tensor([0, 0, W, H])
     boxes[1] = boxes[1].round()
@@ -200,7 +200,7 @@ def test_crop_is_roi_align(N: int, backend: str, device: torch.device) -> None:
     assert unclear.float().mean() < 0.05
     torch.testing.assert_close(decoded[~unclear], (crops >= 0.5)[~unclear].float(), rtol=0, atol=1e-3)
     # Byte and float masks, and those that are a part of larger ones.
-    some = slice(5, 8)
+    some = slice(5, 7)
     for same in (masks.byte(), masks.half(), F.pad(masks, (3, 2, 1, 4))[:, 1:-4, 3:-2]):
         torch.testing.assert_close(
             crop_dct_encode(same[some].to(device), boxes[some].to(device), N, 64).cpu(), vectors[some, :64],
