@@ -1,5 +1,6 @@
 """transformers' own models, small and random, give the same outputs, losses and gradients when patched."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from solq.kernels import use_backend  # noqa: E402
 
 def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Outputs by name, and gradients of their sum by the parameter's name."""
-    model.zero_grad()
+    model = copy.deepcopy(model)  # OmDet-Turbo keeps its words, with their graph
     outputs = model(**inputs)
     tensors = {name: t for name, t in outputs.items() if isinstance(t, Tensor) and t.is_floating_point()}
     differentiable = [t[t.isfinite()].square().sum() for t in tensors.values() if t.requires_grad]
@@ -28,22 +29,25 @@ def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Within rounding: some gradients are zero but for the rounding of others, so the largest one is the measure."""
     assert ours.keys() == theirs.keys()
+    largest = max(t[t.isfinite()].abs().max().item() for t in theirs.values() if t.isfinite().any())
     for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-7, msg=(name + ": {}").format)
-
-
-def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in inputs.items()}
+        rtol, relative_atol = (1e-5, 1e-9) if expected.dtype == torch.float64 else (1e-3, 1e-5)
+        atol = relative_atol * max(largest, 1.0)
+        torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=atol, msg=(name + ": {}").format)
 
 
 def made(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> tuple[nn.Module, dict[str, Any]]:
+    """In float64, but for the models that make float32 constants."""
     torch.manual_seed(0)
     model, inputs = make()
     for name, parameter in model.named_parameters():  # as initialised, all queries sample alike
         if "sampling_offsets" in name or "attention_weights" in name:
             nn.init.normal_(parameter, std=0.2)
-    return model.eval().double(), in_float64(inputs)
+    if make not in tiny_models.IN_FLOAT32:
+        model, inputs["pixel_values"] = model.double(), inputs["pixel_values"].double()
+    return model.eval(), inputs
 
 
 @pytest.mark.parametrize("make", tiny_models.MODELS, ids=lambda make: make.__name__)
@@ -56,10 +60,10 @@ def test_outputs_losses_and_gradients_stay(make: Callable[[], tuple[nn.Module, d
     assert_equal(results(model, inputs), theirs)
 
 
-@pytest.mark.parametrize("make", [tiny_models.deformable_detr, tiny_models.d_fine], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [tiny_models.rt_detr, tiny_models.d_fine], ids=lambda make: make.__name__)
 def test_the_kernels_themselves(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> None:
     model, inputs = made(make)
-    inputs["pixel_values"] = inputs["pixel_values"][..., :32, :32]
+    inputs = {"pixel_values": inputs["pixel_values"][:1, :, :32, :32], "labels": inputs["labels"][:1]}  # it is slow
     theirs = results(model, inputs)
     with drop_in.patched(), use_backend("triton"):
         assert_equal(results(model, inputs), theirs)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 LABELS = [
     {"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.5, 0.4]])},
@@ -244,9 +244,9 @@ def mm_grounding_dino() -> tuple[nn.Module, dict[str, Any]]:
 def omdet_turbo() -> tuple[nn.Module, dict[str, Any]]:
     text = transformers.CLIPTextConfig(
         vocab_size=11,
-        hidden_size=16,
+        hidden_size=24,
         intermediate_size=16,
-        projection_dim=16,
+        projection_dim=24,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=8,
@@ -256,7 +256,7 @@ def omdet_turbo() -> tuple[nn.Module, dict[str, Any]]:
         backbone_config=swin("stage2", "stage3", "stage4"),
         apply_layernorm_after_vision_backbone=False,
         image_size=64,
-        text_projection_in_dim=16,
+        text_projection_in_dim=24,
         text_projection_out_dim=24,
         task_encoder_hidden_dim=24,
         class_embed_dim=24,
@@ -302,7 +302,5 @@ MODELS = (
     omdet_turbo,
 )
 
-
-def floating_outputs(outputs: Any) -> list[Tensor]:
-    """The differentiable tensors of a model's outputs."""
-    return [t for t in outputs.to_tuple() if isinstance(t, Tensor) and t.requires_grad and t.isfinite().all()]
+# These make constants in float32 whatever their own dtype.
+IN_FLOAT32 = (deformable_detr, rt_detr, rt_detr_v2, rt_detr_v2_discrete, d_fine, deimv2, omdet_turbo)
