@@ -8,15 +8,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from solq.data.batch import normalize
-from solq.data.coco import CocoDataset, read_image
+from solq.data.coco import read_image
 from solq.evaluation import CocoEvaluator
-from solq.kernels.reference import paste_masks
-from solq.models.solq import SOLQ
 from solq.postprocess import Detections
 
 LEGIBLE_SIDE = 480  # pixels: images with a shorter longer side are enlarged, so that names on them can be read
@@ -185,40 +181,3 @@ def _write_labels(image: Tensor, boxes: Tensor, labels: list[str], colors: list[
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-@torch.no_grad()
-def draw_predictions(
-    model: SOLQ,
-    dataset: CocoDataset,
-    path: Path,
-    device: torch.device,
-    count: int = 6,
-    threshold: float = 0.4,
-) -> None:
-    """Write a PNG of the first images of a dataset: the objects that are there beside what the model found.
-
-    Args:
-        model: as `solq.evaluation.evaluate` takes it, in evaluation mode.
-        dataset: images as the model sees them, and their targets.
-        path: of the PNG.
-        device: of the model.
-        count: how many images with objects are drawn.
-        threshold: predictions of a lower score are not drawn.
-    """
-    rows: list[tuple[Tensor, Detections, Detections]] = []
-    for sample in (dataset[index] for index in range(len(dataset))):
-        if len(rows) == count:
-            break
-        if sample is None or len(sample[1]["labels"]) == 0:
-            continue
-        image, target = sample
-        _, height, width = image.shape
-        images, padding_mask = image[None].to(device), torch.zeros(1, height, width, dtype=torch.bool, device=device)
-        outputs = model(normalize(images, padding_mask), padding_mask)
-        predictions = model.postprocess(outputs, target["size"][None], score_threshold=threshold)
-        boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
-        masks = paste_masks(target["masks"], boxes, (height, width))
-        truth = Detections(boxes, torch.ones(len(boxes)), target["labels"], masks)
-        rows.append((image, truth, predictions[0].to("cpu")))
-    comparison_grid(rows, dataset.class_names, path, threshold)

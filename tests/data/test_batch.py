@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solq.data.batch import Batch, PackedTargets, collate, normalize, padded_sizes
+from solq.data.batch import Batch, PackedTargets, collate, fill_up, normalize, padded_sizes
 from solq.data.transforms import TrainTransform
 
 
@@ -112,3 +112,27 @@ def test_pinned_batches_are_copied_to_the_device():
     assert batch.images.is_pinned()
     assert batch.targets.masks.is_pinned()
     assert batch.to("cuda").targets.boxes.is_cuda
+
+
+def test_skipped_images_are_filled_up_with_black_ones() -> None:
+    """So that the shape is the one that the model is compiled for; nothing else of the batch changes."""
+    samples = [sample(20, 30, 2), None, sample(32, 10, 1), None]
+    batch = collate(samples, sizes=[(32, 32), (64, 64)])
+    filled = fill_up(batch, 4, (64, 64), 128)
+    assert filled.images.shape == (4, 3, 32, 32)
+    assert filled.skipped == 2
+    assert torch.equal(filled.images[:2], batch.images)
+    assert not filled.images[2:].any()
+    assert not filled.padding_mask[2:].any()
+    assert filled.targets.offsets.tolist() == [0, 2, 3, 3, 3]
+    assert [len(target["labels"]) for target in filled.targets.unpack()] == [2, 1, 0, 0]
+    assert filled.targets.sizes[2:].tolist() == [[32, 32]] * 2
+    assert fill_up(filled, 4, (64, 64), 128) is filled
+
+
+def test_a_batch_of_damaged_images_only() -> None:
+    filled = fill_up(None, 3, (64, 32), 16)
+    assert filled.images.shape == (3, 3, 64, 32)
+    assert filled.targets.masks.shape == (0, 16, 16)
+    assert filled.targets.offsets.tolist() == [0, 0, 0, 0]
+    assert filled.skipped == 3
