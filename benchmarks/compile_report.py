@@ -17,7 +17,7 @@ kernel and configuration that a launch can choose:
     expectations  dict of what the table must show, empty where nothing is promised. Besides, no case may ever spill.
                     "load": 16             the widest load from global memory has at least so many bytes
                     "vector_atomics": True from sm_90 on, atomic additions go out in vectors
-                    "occupancy": 0.5       at least this share of the warps a multiprocessor can hold (NVIDIA)
+                    "occupancy": 0.5       on sm_90, at least this share of the warps that a multiprocessor can hold
                     "targets": ("sm_90",)  compile for these only
 
 The report compiles the cases for sm_80, sm_90, sm_100 and gfx942, in as many processes as there are processors, prints
@@ -62,7 +62,7 @@ class Row:
     target: str
     num_warps: int
     registers: int  # per thread
-    spills: int  # bytes per thread on NVIDIA, registers on AMD
+    spills: int  # bytes per thread
     shared: int  # bytes
     occupancy: float | None  # share of the warps a multiprocessor can hold; NVIDIA only
     load: int  # bytes of the widest load from global memory
@@ -119,7 +119,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
     width = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1}
     return {
         "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "spills": field("private_segment_fixed_size"),
         "shared": field("group_segment_fixed_size"),
         "occupancy": None,
         "load": max((width[word] for word in words), default=0),
@@ -146,7 +146,7 @@ def compile_case(module: str, index: int, target: str) -> Row:
         broken.append(f"spills {found['spills']}")
     if found["load"] < expectations.get("load", 0):
         broken.append(f"loads of {found['load']} bytes, not {expectations['load']}")
-    if found["occupancy"] is not None and found["occupancy"] < expectations.get("occupancy", 0):
+    if target == "sm_90" and found["occupancy"] < expectations.get("occupancy", 0):
         broken.append(f"occupancy {found['occupancy']:.0%}")
     if expectations.get("vector_atomics") and target in ("sm_90", "sm_100") and ".v" not in found["atomics"]:
         broken.append(f"scalar atomics {found['atomics']}")
