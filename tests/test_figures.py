@@ -1,0 +1,139 @@
+"""Pictures of attention show what the decoder sampled; pages are written for every image that can be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from solq import Predictor, figures, save
+from solq.config import ModelConfig
+from solq.kernels import reference
+from solq.kernels.module import MSDeformAttn
+from solq.models.solq import SOLQ
+
+
+def model(**changes: object) -> SOLQ:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        backbone="resnet10",
+        backbone_norm="group",
+        num_classes=3,
+        width=64,
+        num_heads=2,
+        encoder_layers=1,
+        decoder_layers=2,
+        feedforward=32,
+        num_queries=10,
+        num_levels=3,
+        vector_hidden=32,
+    )
+    solq = SOLQ(ModelConfig(**{**vars(config), **changes})).eval()
+    for head in [*solq.class_embed, *solq.bbox_embed]:
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    solq.meta.class_names = ["disc", "ring", "star"]
+    solq.meta.eval_scale = solq.meta.max_size = 64
+    return solq
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "images" / "noise.png"
+    path.parent.mkdir()
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_sampled_is_what_the_module_reads(coordinates: int) -> None:
+    """The recomputed locations and weights give the module's own output."""
+    torch.manual_seed(0)
+    shapes, starts = [(6, 8), (3, 4)], [0, 48]
+    module = MSDeformAttn(32, n_levels=2, n_heads=4, n_points=3)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    query, memory = torch.randn(1, 5, 32), torch.randn(1, 60, 32)
+    references = torch.rand(1, 5, 2, coordinates)
+    attention = figures.sampled(module, query, references, shapes)
+    value = module.value_proj(memory).view(1, 60, 4, 8)
+    read = reference.ms_deform_attn(value, shapes, starts, attention.locations[None], attention.weights[None])
+    torch.testing.assert_close(module.output_proj(read), module(query, references, memory, shapes, starts))
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_attention_belongs_to_the_detections(two_stage: bool, image: Path) -> None:
+    predictor = Predictor(model(two_stage=two_stage), device="cpu")
+    detections, queries, attention = figures.attend(predictor, image, layer=0, threshold=0.0)
+    assert attention.locations.shape == (10, 2, 3, 4, 2)
+    torch.testing.assert_close(attention.weights.sum((2, 3)), torch.ones(10, 2))
+    again = predictor(image, threshold=0.0)
+    torch.testing.assert_close(again.boxes, detections.boxes)
+    # Detections of one query have its box, those of others have another.
+    same_query = queries[:, None] == queries
+    same_box = (detections.boxes[:, None] == detections.boxes).all(-1)
+    assert torch.equal(same_query, same_box)
+    assert not predictor.model._forward_hooks
+
+
+def test_points_are_drawn_where_they_are_sampled() -> None:
+    black = Image.new("RGB", (100, 50))
+    locations = torch.tensor([[0.25, 0.5], [0.75, 0.2]]).view(1, 1, 2, 2)
+    found = Predictor(model(mask_branch="none"), device="cpu")(black, threshold=0.0)[:1]
+    found.boxes = torch.tensor([[5.0, 5, 95, 45]])
+    drawn = figures._draw_attention(black, locations, torch.tensor([[[1.0, 0.0]]]), found)
+    assert drawn.size == (560, 280)
+    for place, color in (((140, 140), figures.COLORS[-1]), ((420, 56), figures.COLORS[0])):
+        assert drawn.getpixel(place) == pytest.approx(color, abs=20)  # reduced from a finer drawing
+    assert max(drawn.getpixel((280, 140))) < 50
+
+
+def test_command_writes_pages_and_reports_what_cannot_be_read(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(model(), tmp_path / "unified.safetensors")
+    save(model(mask_branch="separate"), tmp_path / "separate.safetensors")
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(b"no picture")
+    config = figures.FiguresConfig(
+        tmp_path / "unified.safetensors",
+        (damaged, image.parent),
+        compare=tmp_path / "separate.safetensors",
+        output=tmp_path / "out",
+        objects=2,
+        threshold=0.01,
+        device="cpu",
+    )
+    with pytest.raises(SystemExit) as ended:
+        figures.figures(config)
+    assert ended.value.code == 1
+    assert "damaged.jpg cannot be read as an image" in capsys.readouterr().err
+    assert sorted(path.name for path in config.output.iterdir()) == ["noise-attention.png", "noise-compared.png"]
+    for path in config.output.iterdir():
+        with Image.open(path) as page:
+            assert page.width == 3 * 560 + 4 * figures.MARGIN
+
+
+def test_nothing_found(image: Path) -> None:
+    solq = model()
+    for head in solq.class_embed:
+        torch.nn.init.constant_(head.bias, -20.0)
+        torch.nn.init.zeros_(head.weight)
+    with pytest.raises(ValueError, match=r"noise.png: nothing has a score of 0.4 or more: lower --threshold"):
+        figures.attention_figure(Predictor(solq, device="cpu"), image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": ()}, "no images are given"),
+        ({"objects": 0}, "objects is 0, must be at least 1"),
+        ({"layer": 2}, r"layer is 2, must be in -2\.\.1"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, changes: dict, message: str) -> None:
+    save(model(), tmp_path / "model.safetensors")
+    config = figures.FiguresConfig(**{"checkpoint": tmp_path / "model.safetensors", "images": (tmp_path,), **changes})
+    with pytest.raises(ValueError, match=message):
+        figures.figures(config)
