@@ -41,7 +41,7 @@ def demo(config: DemoConfig) -> None:
         ImportError: Gradio is not installed.
     """
     page = build_page(Predictor(config.checkpoint, device=config.device), config.threshold)
-    page.launch(server_name=config.host, server_port=config.port)
+    page.launch(server_name=config.host, server_port=config.port, show_error=True)
 
 
 def build_page(predictor: Predictor, threshold: float = 0.4) -> "gradio.Blocks":
@@ -90,7 +90,7 @@ def build_page(predictor: Predictor, threshold: float = 0.4) -> "gradio.Blocks":
                 picture = gradio.Image(type="filepath", image_mode=None, label="Picture", sources=sources)
                 slider = gradio.Slider(LEAST_SCORE, 1, threshold, step=0.01, label="Threshold", elem_id="threshold")
             with gradio.Column():
-                result = gradio.Image(label="Objects", interactive=False, elem_id="result")
+                result = gradio.Image(show_label=False, interactive=False, elem_id="result")
                 headers = ["class", "score", "x0", "y0", "x1", "y1"]
                 table = gradio.Dataframe(headers=headers, label="Found", interactive=False, elem_id="found")
         picture.change(find, [picture, slider], [found, result, table], api_name="find")

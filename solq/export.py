@@ -7,6 +7,8 @@ operators registered as `torch.ops.solq`, so whoever runs it imports `solq.kerne
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -69,8 +71,11 @@ def export(config: ExportConfig) -> None:
             raise ValueError(f"device is {config.device} but ONNX files are made on the CPU: leave --device out")
         _require_onnx()
     path = config.output or config.checkpoint.with_name(config.checkpoint.stem + SUFFIXES[config.format])
-    if config.format == "aoti" and path.suffix != ".pt2":
-        raise ValueError(f"output is {path}, must end in .pt2")
+    if config.format == "aoti":
+        if path.suffix != ".pt2":
+            raise ValueError(f"output is {path}, must end in .pt2")
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise OSError("AOTInductor needs a C++ compiler: install g++ or clang++, or name yours in CXX")
     model = load(config.checkpoint).to(device)
     limits = size_limits(model, config)
     detector = Detector(model, config.top_k)

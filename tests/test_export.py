@@ -220,6 +220,12 @@ def test_missing_onnx(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None
         export.export(export.ExportConfig(checkpoint, "onnx"))
 
 
+def test_missing_compiler(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(OSError, match=r"needs a C\+\+ compiler"):
+        export.export(export.ExportConfig(checkpoint, "aoti"))
+
+
 def test_description_is_json(checkpoint: Path) -> None:
     solq = load(checkpoint)
     limits = export.size_limits(solq, export.ExportConfig(checkpoint))
