@@ -125,7 +125,7 @@ def _record(model: SOLQ, layer: int) -> Iterator[dict[str, Any]]:
     def note_outputs(module: nn.Module, args: tuple[Any, ...], outputs: dict[str, Any]) -> None:
         recorded["outputs"] = outputs
 
-    cross_attention = model.transformer.decoder.layers[layer].cross_attn
+    cross_attention = model.transformer.decoder.layers[layer].get_submodule("cross_attn")
     hooks = [cross_attention.register_forward_pre_hook(note_attention), model.register_forward_hook(note_outputs)]
     try:
         yield recorded
@@ -174,7 +174,9 @@ def attention_figure(
     most = max(float(attention.weights[query].max()) for query, _ in shown)
     for query, index in shown:
         title = f"{detections.class_names[index]} {float(detections.scores[index]):.2f}"
-        panel = _draw_attention(picture, attention.locations[query], attention.weights[query] / most, detections[index : index + 1])
+        panel = _draw_attention(
+            picture, attention.locations[query], attention.weights[query] / most, detections[index : index + 1]
+        )
         panels.append((title, panel))
     return _page(panels, scale=f"attention weight, 0 to {most:.2f}")
 
