@@ -11,8 +11,6 @@ locations and weights; "unfused" is ours with softmax and locations computed by 
 large copy's bandwidth, and the peak memory of one call beyond its inputs.
 """
 
-import threading
-import time
 from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
@@ -114,6 +112,7 @@ def reference_eager(i: Inputs) -> Tensor:
 
 
 reference_compiled = torch.compile(reference_eager, fullgraph=True)
+reference_compiled.__name__ = "reference_compiled"
 
 
 def grid_sample(i: Inputs) -> Tensor:
@@ -204,24 +203,11 @@ def peak_of(call: Callable[[], object]) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
 
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-
-    most, before, done = 0, resident(), threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, resident())
-            time.sleep(0.0005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    call()
-    done.set()
-    watcher.join()
-    return most - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.__name__)
