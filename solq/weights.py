@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
@@ -46,8 +46,9 @@ def save(model: SOLQ, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     try:
-        save_file({key: value.contiguous().cpu() for key, value in model.state_dict().items()}, unfinished, metadata)
-    except SafetensorError as error:
+        tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+        unfinished.write_bytes(serialize(tensors, metadata))  # save_file would make it readable by its owner only
+    except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written ({error}): free some space, or name another file") from error
     os.replace(unfinished, path)

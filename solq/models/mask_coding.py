@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from solq.kernels import dct_decode, dct_decode_paste, dct_encode
@@ -303,7 +303,7 @@ def save(coding: PCACoding | SparseCoding, path: str | Path) -> None:
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
     tensors = {key: value.contiguous().cpu() for key, value in coding.state_dict().items()}
-    save_file(tensors, unfinished, metadata={"mask_coding": coding.name, "size": str(coding.size)})
+    unfinished.write_bytes(serialize(tensors, {"mask_coding": coding.name, "size": str(coding.size)}))
     os.replace(unfinished, path)
 
 
