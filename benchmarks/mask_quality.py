@@ -107,7 +107,7 @@ def draw_chart(
     right.set(title="DCT, N = 128, by size of the object", xlabel="length of the vector, n")
     for axes in (left, right):
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower right", fontsize=8.5, labelspacing=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -201,6 +201,10 @@ def main() -> None:
         f"sparse coding, N = 128, n = 256, fitted to {len(train)} masks": sparse_scores,
         "flat, 28 × 28, n = 784": flat_scores,
     }
+    print(f"PCA, N = 128, fitted to {len(train)} masks\n")
+    print(
+        table(["", *(f"n = {n}" for n in COEFFICIENTS)], [["all", *(f"{s.mean():.4f}" for s in pca_scores.values())]])
+    )
     print("Codings\n")
     rows = [
         [name, f"{s.mean():.4f}", *(f"{s[which].mean():.4f}" for which in of_size.values())]
