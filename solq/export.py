@@ -206,7 +206,8 @@ def _as_it_is() -> Iterator[None]:
 @contextmanager
 def _grid_sample_attention() -> Iterator[None]:
     """Serve deformable attention on the CPU by :func:`ms_deform_attn_by_grid_sample`."""
-    original, reference.ms_deform_attn = reference.ms_deform_attn, ms_deform_attn_by_grid_sample
+    original = reference.ms_deform_attn
+    reference.ms_deform_attn = ms_deform_attn_by_grid_sample  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -66,10 +66,10 @@ def ms_deform_attn_backward(
         return torch.ops.solq.ms_deform_attn_backward(
             grad_output, value, spatial_shapes, level_start_index, sampling_loc, attn_weight
         )
-    inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight)]
+    v, locations, weights = (tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight))
     with torch.enable_grad():
-        output = ms_deform_attn_forward(inputs[0], spatial_shapes, level_start_index, *inputs[1:], im2col_step)
-    grad_value, grad_locations, grad_weights = torch.autograd.grad(output, inputs, grad_output)
+        output = ms_deform_attn_forward(v, spatial_shapes, level_start_index, locations, weights, im2col_step)
+    grad_value, grad_locations, grad_weights = torch.autograd.grad(output, (v, locations, weights), grad_output)
     return grad_value, grad_locations, grad_weights
 
 

@@ -219,7 +219,7 @@ def _find() -> Iterator[Replacement]:
                 )
             elif holders:
                 for holder in holders:
-                    yield Replacement(holder, HELD, property(lambda self, new=new: new, _hold))
+                    yield Replacement(holder, HELD, property(lambda self, new=new: new, _hold))  # type: ignore[misc]
             else:
                 yield Replacement(owner, name, new)
     for name, match in _MATCHERS.items():
