@@ -116,9 +116,10 @@ def test_a_model_made_while_patched_is_its_own_afterwards() -> None:
     assert_equal(ours, results(model, inputs))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("method", ["default", "discrete"])
 @pytest.mark.parametrize("num_points_list", [[4, 4, 4], [3, 6, 2]])
-def test_points_that_differ_and_nearest_sampling(num_points_list: list[int], method: str) -> None:
+def test_points_that_differ_and_nearest_sampling(num_points_list: list[int], method: str, backend: str) -> None:
     from transformers.models.d_fine.modeling_d_fine import multi_scale_deformable_attention_v2
 
     torch.manual_seed(0)
@@ -127,8 +128,9 @@ def test_points_that_differ_and_nearest_sampling(num_points_list: list[int], met
     found = []
     for function in (drop_in._attention_v2, multi_scale_deformable_attention_v2):
         value, locations, weights = (tensor.clone().requires_grad_() for tensor in inputs)
-        output = function(value, shapes, locations, weights, num_points_list, method)
-        output.square().sum().backward()
+        with use_backend(backend):
+            output = function(value, shapes, locations, weights, num_points_list, method)
+            output.square().sum().backward()
         found.append((output, value.grad, weights.grad, locations.grad))
     for ours, theirs in zip(*found, strict=True):
         if theirs is None:  # nearest sampling has no gradient to its locations
