@@ -2,8 +2,8 @@
 
 On a GPU: the published sizes, bfloat16 autocast, images of 800 × 1333 (RT-DETR: 640 × 640), warmed up; the training
 step is loss, matching and backward. Without a GPU: a block per stage, one encoder and two decoder layers, float32,
-small images, so that the patch's effect on a CPU is seen; these numbers say nothing about a GPU. Compare the two rows of a
-group, measured in one run; where others use the processor, with --benchmark-timer=time.process_time.
+small images, so that the patch's effect on a CPU is seen; these numbers say nothing about a GPU. Compare the two rows
+of a group, measured in one run; where others use the processor, with --benchmark-timer=time.process_time.
 """
 
 from collections.abc import Callable
