@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from solq.kernels import dct_decode, dct_decode_paste, dct_encode
-from solq.kernels.reference import binarize, paste_masks
+from solq.kernels import dct_decode, dct_decode_paste, dct_encode, paste_masks
+from solq.kernels.reference import binarize
 
 MaskCodingName = Literal["dct", "pca", "sparse", "flat"]
 
