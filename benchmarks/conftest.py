@@ -17,6 +17,7 @@ import triton
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     on_gpu = torch.cuda.is_available()
+    machine_info.pop("node", None)  # the name of the host says nothing
     machine_info["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     machine_info["torch"] = torch.__version__
     machine_info["triton"] = triton.__version__
