@@ -482,7 +482,7 @@ def kernel_constants(
         "REFERENCE": reference,
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "PACK": pack,
-        "BLOCK_QUERIES": lanes * num_warps // lanes_per_query,
+        "BLOCK_QUERIES": max(1, lanes * num_warps // lanes_per_query),
         "BLOCK_WORDS": block_words,
         "LAST_BLOCK": triton.next_power_of_2(channels // pack % block_words or block_words),
         "BLOCK_K": min(64, triton.next_power_of_2(L * P)),
