@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -180,7 +180,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
 
     # ---- the loop
     model.train()
-    batches = prefetch(loader, device, sampler.batch_size // world_size, sizes[0], mask_size)
+    batches = prefetch(iter(loader), device, sampler.batch_size // world_size, sizes[0], mask_size)
     bad_step = torch.full((), -1, device=device)  # the first step with a loss or gradient that is not finite
     clock, images, stops = time.perf_counter(), 0, False
     with stop_signals() as signals, RunLog(output, start, steps, enabled=is_main) as log:
@@ -189,7 +189,6 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
                 group["lr"] = group["base_lr"] * lr_factor(step, config, steps)
             parts = [next(batches) for _ in range(config.accumulate)]
             # Random numbers of the model depend on seed, step and process only, so that a resumed run draws the same.
-            # The first batch has drawn one for its workers by now.
             torch.manual_seed(int(np.random.SeedSequence((config.seed, 2, step, rank)).generate_state(1, np.uint64)[0]))
             num_boxes = criterion.count_boxes([part.targets for part in parts], config.model.num_queries)
             losses: dict[str, Tensor] = {}
@@ -239,6 +238,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
             if evaluates:
                 report()
                 clock, images = time.perf_counter(), 0
+    batches.close()  # ends the processes that load images
     if not stops:
         report()
     elif is_main:
@@ -355,11 +355,11 @@ def check_same_classes(state: dict[str, Any], dataset: CocoDataset) -> None:
 
 
 def prefetch(
-    loader: DataLoader, device: torch.device, num_images: int, size: tuple[int, int], mask_size: int
-) -> Iterator[Batch]:
+    loaded: Iterator[Batch | None], device: torch.device, num_images: int, size: tuple[int, int], mask_size: int
+) -> Generator[Batch, None, None]:
     """Full batches on the device; the next one is copied while one is computed with."""
     following: Batch | None = None
-    for batch in loader:
+    for batch in loaded:
         current, following = following, fill_up(batch, num_images, size, mask_size).to(device)
         if current is not None:
             yield current

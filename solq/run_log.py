@@ -28,7 +28,8 @@ class _ConsoleHandler(logging.Handler):
 
 def start_logging(is_main: bool) -> None:
     """Show what the package logs; of several processes the others show errors only."""
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[_ConsoleHandler()], force=True)
+    level = logging.INFO if is_main else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_ConsoleHandler()], force=True)
 
 
 def start_worker(_: int) -> None:

@@ -71,7 +71,7 @@ def start(*flags: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, *launcher, "train.py", *map(str, flags)],
         cwd=REPOSITORY,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -80,8 +80,12 @@ def start(*flags: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Its output; the test fails if it did not end well."""
-    out, err = process.communicate(timeout=500)
+    """Its output; the test fails if it did not end well. If it hangs, it says where."""
+    try:
+        out, err = process.communicate(timeout=500)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise TimeoutError("\n".join(process.communicate())) from None
     assert process.returncode == 0, out + err
     return out
 
