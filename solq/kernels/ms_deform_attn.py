@@ -201,7 +201,7 @@ def _store_block(ptr, tiles, in_queries, BLOCK: tl.constexpr, CHANNELS: tl.const
     tl.store(ptr + channel, tile, mask=in_queries[:, None] & (channel < CHANNELS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_queries"])
 def _forward_kernel(
     output_ptr, value_ptr, shapes_ptr, starts_ptr, reference_ptr, coordinates_ptr, weights_ptr,
     num_rows, num_queries, channel_start,
@@ -323,7 +323,7 @@ def _backward_pair(
     return dot_left, dot_right
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_queries"])
 def _backward_kernel(
     grad_value_ptr, grad_reference_ptr, grad_coordinates_ptr, grad_weights_ptr, scale_ptr, grad_output_ptr, output_ptr,
     value_ptr, shapes_ptr, starts_ptr, reference_ptr, coordinates_ptr, weights_ptr,

@@ -17,7 +17,7 @@ kernels = importlib.import_module("solq.kernels.ms_deform_attn")  # the package 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 4), (1, 1), (2, 5)]
 FORMS = ["plain", "points", "boxes"]
-EXAMPLES = 200 if torch.cuda.is_available() else 6  # the interpreter takes about a second for each
+EXAMPLES = 200 if torch.cuda.is_available() else 5  # the interpreter takes a second or more for each
 
 
 def starts_of(shapes: list[tuple[int, int]]) -> list[int]:
@@ -158,10 +158,10 @@ class TestTriton:
         form=st.sampled_from(FORMS),
         B=st.integers(1, 2),
         Q=st.integers(1, 9),
-        M=st.integers(1, 3),
+        M=st.integers(1, 2),
         D=st.integers(1, 40),
-        P=st.integers(1, 3),
-        shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
+        P=st.integers(1, 2),
+        shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=2),
         seed=st.integers(0, 1 << 30),
     )
     def test_equals_reference(self, form, B, Q, M, D, P, shapes, seed) -> None:
