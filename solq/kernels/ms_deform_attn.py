@@ -757,7 +757,7 @@ def _(
     grad_output, output, value, spatial_shapes, level_start_index,
     reference_points, sampling_offsets, attention_logits, grad_reference,
 ):  # fmt: skip
-    points = reference_points.new_empty(*reference_points.shape[:3], reference_points.shape[3] * grad_reference)
+    points = reference_points.new_empty(*reference_points.shape[:3], reference_points.shape[3] if grad_reference else 0)
     others = (t.new_empty(t.shape) for t in (value, sampling_offsets, attention_logits))
     return next(others), points, *others
 
