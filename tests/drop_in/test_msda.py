@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import solq.drop_in.msda
 from solq.kernels import use_backend
+from solq.kernels.runtime import INTERPRETED
 
 MSDA = importlib.import_module("MultiScaleDeformableAttention")
 
@@ -83,6 +85,8 @@ def test_gradients_numerically(channels: int) -> None:
 @pytest.mark.parametrize("channels", [30, 32, 1025])
 def test_triton_backward_equals_the_reference(channels: int) -> None:
     """The numerical check, and more channels still, would take the interpreter minutes."""
+    if channels > 32 and INTERPRETED and triton.__version__.startswith("3.6."):
+        pytest.skip("triton 3.6's interpreter reads a mask of one element as if only the first lane had it")
     results = []
     for backend in ("reference", "triton"):
         inputs = [tensor.requires_grad_() for tensor in random_inputs(channels, torch.float64)]

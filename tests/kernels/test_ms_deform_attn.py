@@ -6,11 +6,13 @@ from itertools import accumulate
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
+from solq.kernels.runtime import INTERPRETED
 
 kernels = importlib.import_module("solq.kernels.ms_deform_attn")  # the package has a function of this name
 
@@ -173,6 +175,8 @@ class TestTriton:
 
     @pytest.mark.parametrize("D", [32, 48, 300])
     def test_channels(self, D: int) -> None:
+        if D > 96 and INTERPRETED and triton.__version__.startswith("3.6."):
+            pytest.skip("triton 3.6's interpreter reads a mask of one element as if only the first lane had it")
         inputs = make("points", B=1, Q=2, M=2, D=D, P=1, dtype=torch.float32)
         assert_near(results("points", inputs), results("points", in_float64(inputs), module=reference), 5e-6)
 
