@@ -93,8 +93,8 @@ def test_triton_backward_equals_the_reference(channels: int) -> None:
         with use_backend(backend):
             output = MSDeformAttnFunction.apply(*inputs)
             results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-    for triton, reference in zip(*results, strict=True):
-        torch.testing.assert_close(triton, reference)
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
 
 
 def test_im2col_step_need_not_divide_the_batch() -> None:
