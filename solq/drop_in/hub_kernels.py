@@ -50,7 +50,8 @@ def register() -> None:
     Raises:
         ImportError: if `kernels` is not installed.
     """
-    if find_spec("kernels") is None:
+    spec = find_spec("kernels")
+    if spec is None or spec.origin is None:  # a folder of that name is no package
         raise ImportError(f"kernels is not installed: pip install 'kernels{KNOWN_TO_WORK}'")
     from kernels import register_kernel_mapping
 
