@@ -19,6 +19,7 @@ kernel and configuration that a launch can choose:
                     "vector_atomics": True from sm_90 on, atomic additions go out in vectors
                     "occupancy": 0.5       on sm_90, at least this share of the warps that a multiprocessor can hold
                     "targets": ("sm_90",)  compile for these only
+                    "options": {"maxnreg": 64}  options of the launch besides the warps and stages
 
 The report compiles the cases for sm_80, sm_90, sm_100 and gfx942, in as many processes as there are processors, prints
 one Markdown table, and fails if a case does not compile or does not show what is expected of it.
@@ -139,6 +140,7 @@ def compile_case(module: str, index: int, target: str) -> Row:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in attrs},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, **LAUNCH_OPTIONS}
+    options |= expectations.get("options", {})
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     found = _amd(compiled) if target.startswith("gfx") else _nvidia(target, compiled)
     broken = []
