@@ -27,7 +27,7 @@ from solq.drop_in.patching import Patch, Replacement
 from solq.kernels import linear_assignment, matching_cost, ms_deform_attn
 from solq.kernels.matching_cost import ClassCost
 
-KNOWN_TO_WORK = ">=5.0,<6"
+KNOWN_TO_WORK = ">=5.23,<6"
 HELD = "ms_deformable_attn_core"
 
 # ---------------------------------------------------------------------------------------------------------------------
