@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from solq.data.batch import Size, normalize, padded_sizes
+from solq.data.image import rgb_pixels
 from solq.data.transforms import View, resized, view_image
 from solq.models.solq import SOLQ
 from solq.postprocess import Detections
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
 
 T = TypeVar("T")
+
+# Endings of files that Pillow knows, but reads no pixels of by itself.
+NO_PIXELS = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib", ".eps", ".ps", ".wmf", ".emf"}
 
 
 @dataclass
@@ -118,7 +123,7 @@ class Predictor:
         """
         if is_folder(images):
             images = folder_images(Path(images))
-        several = not isinstance(images, str | Path | Image.Image | np.ndarray | Tensor)
+        several = isinstance(images, Iterable) and not isinstance(images, str | bytes | np.ndarray | Tensor)
         several = several or getattr(images, "ndim", 0) == 4
         sources = images if several else [images]
         predictions = list(self.stream(sources, threshold=threshold, top_k=top_k))  # type: ignore[arg-type]
@@ -285,8 +290,9 @@ def folder_images(folder: Path) -> list[Path]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    endings = Image.registered_extensions()
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
+    endings = Image.registered_extensions().keys() - NO_PIXELS
+    files = (path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def read_rgb(image: ImageLike) -> Tensor:
@@ -298,20 +304,19 @@ def read_rgb(image: ImageLike) -> Tensor:
         OSError: a file is missing, damaged or no image.
         ValueError, TypeError: an array has another shape or type than a call of :class:`Predictor` takes.
     """
-    if isinstance(image, str | Path):
-        if is_folder(image):
-            folder_images(Path(image))
-            raise ValueError(f"{image} is a folder, where one image is wanted")
+    if is_folder(image):
+        folder_images(Path(image))
+        raise ValueError(f"{image} is a folder, where one image is wanted")
+    if isinstance(image, str | Path | Image.Image):
+        given = isinstance(image, Image.Image)
         try:
-            with Image.open(image) as opened:
-                return _from_pillow(opened)
+            with nullcontext(image) if given else Image.open(image) as opened:
+                return rgb_pixels(ImageOps.exif_transpose(opened))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{image}: no such file") from error
-        # Damaged files make Pillow's readers raise anything, as it says in its documentation of `Image.open`.
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise OSError(f"{image} cannot be read as an image ({str(error).splitlines()[0]})") from error
-    if isinstance(image, Image.Image):
-        return _from_pillow(image)
+        except Exception as error:  # Pillow's readers raise anything
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise OSError(f"{'it' if given else image} cannot be read as an image ({reason})") from error
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ValueError(f"an array has shape {image.shape}, must be (H, W), (H, W, 3) or (H, W, 4)")
@@ -324,19 +329,14 @@ def read_rgb(image: ImageLike) -> Tensor:
     raise TypeError(f"an image is a {type(image).__name__}, must be a path, a PIL image, an array or a tensor")
 
 
-def _from_pillow(image: Image.Image) -> Tensor:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
-        values = np.asarray(image).astype(np.int64)
-        shift = 8 if image.mode != "I" or values.max() > 255 else 0
-        image = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
 def _to_rgb(pixels: Tensor) -> Tensor:
     """Pixels (1, 3 or 4, H, W) of any accepted type as (3, H, W) uint8."""
     if pixels.shape[0] not in (1, 3, 4) or 0 in pixels.shape:
-        raise ValueError(f"it has {pixels.shape[0]} channels of {tuple(pixels.shape[1:])}, must be 1, 3 or 4 of pixels")
+        C, H, W = pixels.shape
+        raise ValueError(
+            f"it has {C} channels of {H}x{W} pixels, must have 1, 3 or 4: arrays are (H, W, channels), tensors "
+            "(channels, H, W)"
+        )
     if pixels.dtype == torch.uint16:
         pixels = (pixels.to(torch.int32) >> 8).to(torch.uint8)
     elif pixels.is_floating_point():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from solq.data.coco import read_image
+from solq.data.image import read_image
 from solq.evaluation import CocoEvaluator
 from solq.postprocess import Detections
 

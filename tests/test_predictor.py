@@ -1,6 +1,7 @@
 """Images of every kind in, detections of the upright original out, whatever happens to their neighbours."""
 
 import logging
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import solq
 from solq.config import ModelMeta, preset
 from solq.models.solq import SOLQ
 from solq.postprocess import Detections
-from solq.predictor import Predictor, ahead, read_rgb
+from solq.predictor import Predictor, ahead, folder_images, read_rgb
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,13 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
 # ---- reading
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16", "I"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16", "I", "F"])
 @pytest.mark.parametrize("from_file", [True, False], ids=["file", "PIL"])
 def test_modes_of_pillow(tmp_path, mode, from_file):
     pixels = picture()
     image = Image.fromarray(pixels)
     expected = as_tensor(pixels)
-    if mode in ("L", "LA", "1", "I;16", "I"):
+    if mode in ("L", "LA", "1", "I;16", "I", "F"):
         grey = pixels.max(-1)  # white on black
         expected = as_tensor(np.stack([grey] * 3, axis=-1))
         image = Image.fromarray(grey)
@@ -64,12 +65,17 @@ def test_modes_of_pillow(tmp_path, mode, from_file):
     image = image.convert(mode)
     assert image.mode == mode
     if from_file:
-        path = tmp_path / f"image.{'tif' if mode in ('CMYK', 'I') else 'png'}"
+        path = tmp_path / f"image.{'tif' if mode in ('CMYK', 'I', 'F') else 'png'}"
         image.save(path)
         assert torch.equal(read_rgb(path), expected)
         assert torch.equal(read_rgb(str(path)), expected)
     else:
         assert torch.equal(read_rgb(image), expected)
+
+
+def test_floats_up_to_one():
+    levels = (picture().max(-1) / 255).astype(np.float32)
+    assert torch.equal(read_rgb(Image.fromarray(levels)), as_tensor(picture().max(-1, keepdims=True)).expand(3, -1, -1))
 
 
 def test_cmyk_jpeg(tmp_path):
@@ -130,16 +136,18 @@ def test_grey_arrays():
     [
         (np.zeros((2, 3, 4, 5)), r"shape \(2, 3, 4, 5\), must be \(H, W\)"),
         (np.zeros((5, 6, 2), np.uint8), "2 channels"),
-        (np.zeros((0, 6, 3), np.uint8), "must be 1, 3 or 4"),
+        (np.zeros((0, 6, 3), np.uint8), "channels of 0x6 pixels, must have 1, 3 or 4"),
+        (torch.zeros(48, 64, 3), "48 channels of 64x3 pixels, must have 1, 3 or 4"),
         (np.full((5, 6, 3), 255.0), "floats must be in 0..1"),
         (np.full((5, 6, 3), np.nan), "floats must be in 0..1"),
         (np.zeros((5, 6, 3), np.int64), r"type is torch\.int64, must be uint8"),
         (torch.zeros(5, 6), r"shape \(5, 6\), must be \(3, H, W\)"),
         (17, "an image is a int"),
+        (Image.fromarray(np.full((5, 6), 300, np.float32)), "from 300 to 300, floats must be in 0..1 or in 0..255"),
     ],
 )
 def test_what_is_no_image(image, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((OSError, ValueError, TypeError), match=message):
         read_rgb(image)
 
 
@@ -257,6 +265,25 @@ def test_bad_images_leave_the_others_alone(predictor, tmp_path, caplog):
         predictor(tmp_path / "b.png")
 
 
+def test_readers_that_raise_anything(tmp_path):
+    """Pillow's readers end with any exception: this one, of a file without pixels, with an IndexError."""
+    (tmp_path / "short.qoi").write_bytes(b"qoif" + struct.pack(">II", 8, 8) + b"\3\0")
+    with pytest.raises(OSError, match=r"short.qoi cannot be read as an image \(index out of range\)"):
+        read_rgb(tmp_path / "short.qoi")
+    with (
+        Image.open(tmp_path / "short.qoi") as lazy,
+        pytest.raises(OSError, match=r"it cannot be read as an image \(index out of range\)"),
+    ):
+        read_rgb(lazy)
+
+
+def test_a_folder_holds_more_than_images(tmp_path):
+    for name in ("b.JPG", "a.png", "paper.pdf", "clip.mpg", "._b.JPG", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "c.png").mkdir()
+    assert [path.name for path in folder_images(tmp_path)] == ["a.png", "b.JPG"]
+
+
 def test_empty_folder(predictor, tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         predictor(tmp_path)
@@ -279,6 +306,8 @@ def test_threshold_and_top_k(predictor):
     some = predictor(picture(), threshold=middle)
     assert_same(some, everything[:7])
     assert_same(predictor(picture(), threshold=0, top_k=4), everything[:4])
+    with pytest.raises(TypeError, match="an image is a NoneType, must be a path"):
+        predictor(None)
     with pytest.raises(ValueError, match=r"threshold is 1\.5, must be in 0\.\.1"):
         predictor(picture(), threshold=1.5)
     with pytest.raises(ValueError, match="top_k is 0, must be at least 1"):

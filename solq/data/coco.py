@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 
+from solq.data.image import read_image
 from solq.data.sampler import Key
 from solq.data.transforms import (
     EvalTransform,
@@ -108,8 +107,8 @@ class CocoDataset(Dataset):
         path = self.images / self._file_names[index].decode()
         try:
             image = read_image(path, (height, width))
-        except (OSError, ValueError, RuntimeError, SyntaxError) as error:  # what Pillow and torchvision raise
-            reason = str(error).splitlines()[0].replace(f"{path}: ", "")
+        except Exception as error:  # Pillow's readers raise anything
+            reason = (str(error) or repr(error)).splitlines()[0]
             message = f"{path} cannot be used: {reason}; restore the file or remove it from {self.coco_json.name}"
             if self.strict:
                 raise ValueError(message) from error
@@ -303,32 +302,6 @@ def _covers(counts: bytes, num_pixels: int) -> bool:
     lengths[1::2] = np.cumsum(lengths[1::2])
     lengths[2::2] = np.cumsum(lengths[2::2])
     return bool(lengths.min() >= 0 and lengths.sum() == num_pixels)
-
-
-def read_image(path: Path, image_size: tuple[int, int]) -> Tensor:
-    """An image file as RGB (3, H, W) uint8.
-
-    Raises:
-        OSError, RuntimeError: the file is missing, damaged or of an unknown format.
-        ValueError: it is not of `image_size` (height, width).
-    """
-    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
-        if image.dtype == torch.uint16:
-            image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    else:
-        image = _from_pillow(Image.open(path))
-    if image.shape[1:] != image_size:
-        # Some tools annotate a photograph as its EXIF entry turns it, most as its pixels are stored.
-        image = _from_pillow(ImageOps.exif_transpose(Image.open(path)))
-    if image.shape[1:] != image_size:
-        stored = f"{image.shape[1]}x{image.shape[2]}"
-        raise ValueError(f"it is {stored} but annotated as {image_size[0]}x{image_size[1]} (height x width)")
-    return image
-
-
-def _from_pillow(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 @contextmanager
