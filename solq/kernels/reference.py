@@ -169,20 +169,41 @@ def zigzag(size: int, num_coefficients: int, *, device: torch.device | None = No
     return torch.where(mirrored, size - 1 - order, order)
 
 
+def _as_digits(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes (N, 2·kept), the higher and lower digits to the base 255 of `matrix` (kept, N), and their unit.
+
+    No digit is −128: processors without instructions for bytes add two products in 16 bits, which 127 just fits into.
+    """
+    unit = matrix[0, 0] / 22989  # the mean is exact; cosines, up to √2 times as large, are less than 127·255 + 127
+    number = matrix / unit
+    higher = (number / 255).round()
+    return torch.cat([higher, (number - 255 * higher).round()]).to(torch.int8).T, unit
+
+
+def _are_binary(masks: Tensor) -> bool:
+    return masks.dtype == torch.bool or (masks.dtype == torch.uint8 and masks.numel() > 0 and bool(masks.max() <= 1))
+
+
 def dct_encode(masks: Tensor, num_coefficients: int = 256) -> Tensor:
-    """The first n zigzag coefficients (K, n) of the orthonormal 2-D DCT-II of masks (K, N, N)."""
+    """The first n zigzag coefficients (K, n) of the orthonormal 2-D DCT-II of masks (K, N, N).
+
+    On x86 processors the rows of masks of zeros and ones are multiplied as bytes: exact sums of cosines rounded to 15
+    bits. No coefficient is then off by more than 4e-5 of the first one.
+    """
     size, kept = masks.shape[-1], kept_rows(masks.shape[-1], num_coefficients)
     matrix = dct_matrix(size, device=masks.device)[:kept].float()
     rows, columns = zigzag(size, num_coefficients, device=masks.device)
-    # Even cosines are symmetric about the middle, odd ones antisymmetric: half a mask's rows are enough for each.
-    even, odd = matrix[0::2, : size // 2], matrix[1::2, : size // 2]
-    position = (rows % 2 * len(even) + rows // 2) * kept + columns  # the even rows come first, then the odd ones
+    digits, unit = _as_digits(matrix)
+    bytes_multiply = masks.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     vectors = []
     for some in masks.split(CHUNK):
-        upper, lower = (some if some.is_floating_point() else some.short()).chunk(2, dim=1)
-        lower = lower.flip(1)
-        half = torch.cat([even @ (upper + lower).float(), odd @ (upper - lower).float()], dim=1)  # (…, kept, N)
-        vectors.append((half @ matrix.T).flatten(1).index_select(1, position))
+        if bytes_multiply and _are_binary(some):
+            sums = torch._int_mm(some.reshape(-1, size).view(torch.int8), digits)
+            half = torch.add(sums[:, kept:], sums[:, :kept], alpha=255).float().view(-1, size, kept)
+            spectrum = matrix @ half * unit
+        else:
+            spectrum = matrix @ some.float() @ matrix.T
+        vectors.append(spectrum.flatten(1).index_select(1, rows * kept + columns))
     return torch.cat(vectors)
 
 
