@@ -178,7 +178,7 @@ def evaluate(
                 torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
             ):
                 outputs = model(normalize(images, padding_mask), padding_mask)
-            detections = model.postprocess(outputs, batch.targets.orig_sizes, top_k)
+            detections = model.postprocess(outputs, batch.targets.orig_sizes, top_k, run_lengths=True)
             evaluator.update(batch.targets.image_ids.tolist(), detections)
             if progress is not None:
                 progress(len(detections))

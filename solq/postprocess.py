@@ -12,9 +12,12 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from solq.config import ModelMeta
+from solq.kernels.reference import mask_runs
 
-# Outputs, an image of the batch, queries (K,), their boxes (K, 4) in pixels, (H, W) to masks (K, H, W) bool.
+# Outputs, an image of the batch, queries (K,), their boxes (K, 4) in pixels, (H, W) to masks (K, H, W) bool, or to
+# `paste_runs` of them.
 DecodeMasks = Callable[[Mapping[str, Any], int, Tensor, Tensor, tuple[int, int]], Tensor]
+DecodeRuns = Callable[[Mapping[str, Any], int, Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
 MASK_PIXELS = 2**27  # decoded at once: 100 masks of an image up to 1,300,000 pixels, half a gigabyte as float32
 
@@ -25,7 +28,8 @@ class Detections:
 
     boxes (K, 4) float32, x0 y0 x1 y1 in pixels of the original image, not clipped to it; scores (K,) float32;
     labels (K,) int64, indices into the model's classes; masks (K, H, W) bool, or None without a mask coding; meta names
-    the classes and their categories.
+    the classes and their categories; run_lengths are the masks as `rle` gives them, where they were decoded to those
+    and `masks` is None.
     """
 
     boxes: Tensor
@@ -33,18 +37,25 @@ class Detections:
     labels: Tensor
     masks: Tensor | None = None
     meta: ModelMeta = field(default_factory=ModelMeta)
+    run_lengths: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, kept: Tensor | slice) -> "Detections":
         """The detections where `kept` is true, or of its indices."""
-        masks = None if self.masks is None else self.masks[kept]
-        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks, self.meta)
+        masks, run_lengths = self.masks, self.run_lengths
+        if masks is not None:
+            masks = masks[kept]
+        if run_lengths is not None:
+            index = kept if isinstance(kept, slice) else kept.cpu()
+            run_lengths = [run_lengths[k] for k in torch.arange(len(self))[index].tolist()]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks, self.meta, run_lengths)
 
     def to(self, device: torch.device | str) -> "Detections":
         masks = None if self.masks is None else self.masks.to(device)
-        return Detections(self.boxes.to(device), self.scores.to(device), self.labels.to(device), masks, self.meta)
+        boxes, scores, labels = self.boxes.to(device), self.scores.to(device), self.labels.to(device)
+        return Detections(boxes, scores, labels, masks, self.meta, self.run_lengths)
 
     @property
     def class_names(self) -> list[str]:
@@ -88,6 +99,8 @@ class Detections:
 
     def rle(self) -> list[dict[str, Any]]:
         """The masks as COCO's compressed run lengths, see :func:`encode_masks`."""
+        if self.run_lengths is not None:
+            return self.run_lengths
         if self.masks is None:
             raise ValueError("these detections have no masks to encode: the model was run without a mask coding")
         return encode_masks(self.masks)
@@ -113,7 +126,7 @@ class Detections:
             {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
             for category, box, score in zip(labels, boxes, scores, strict=True)
         ]
-        if self.masks is None:
+        if self.masks is None and self.run_lengths is None:
             return entries
         return [entry | {"segmentation": rle} for entry, rle in zip(entries, self.rle(), strict=True)]
 
@@ -122,25 +135,20 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """Masks (K, H, W) bool as COCO's compressed run lengths: dicts of `size` [H, W] and `counts`, a str."""
     if len(masks) == 0:
         return []
-    if masks.is_cuda:
-        encoded = _encode_runs(masks)
-    else:
-        encoded = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().view(np.uint8)))
+    if masks.is_cuda:  # only where the runs end is copied to the host
+        return encode_runs(*mask_runs(masks), (masks.shape[1], masks.shape[2]))
+    encoded = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().view(np.uint8)))
     return [rle | {"counts": rle["counts"].decode()} for rle in encoded]
 
 
-def _encode_runs(masks: Tensor) -> list[dict[str, Any]]:
-    """The same on the masks' device up to the ends of the runs, so that only they are copied to the host."""
-    K, H, W = masks.shape
-    pixels = masks.transpose(1, 2).reshape(K, H * W)  # COCO's runs go down the columns, beginning with zeros
-    changes = torch.cat([pixels[:, :1], pixels[:, 1:] ^ pixels[:, :-1]], dim=1)
-    mask_index, position = changes.nonzero(as_tuple=True)
-    ends = torch.bincount(mask_index, minlength=K).cumsum(0).cpu().numpy()
-    runs = [
-        {"size": [H, W], "counts": np.diff(of_mask, prepend=0, append=H * W)}
-        for of_mask in np.split(position.cpu().numpy(), ends[:-1])
-    ]
-    return coco_mask.frPyObjects(runs, H, W)
+def encode_runs(places: Tensor, counts: Tensor, image_size: tuple[int, int]) -> list[dict[str, Any]]:
+    """The same of what :func:`solq.kernels.paste_runs` gives."""
+    if len(counts) == 0:
+        return []
+    H, W = image_size
+    of_mask = np.split(places.cpu().numpy(), counts.cumsum(0).cpu().numpy()[:-1])
+    runs = [{"size": [H, W], "counts": np.diff(ends, prepend=0, append=H * W)} for ends in of_mask]
+    return [rle | {"counts": rle["counts"].decode()} for rle in coco_mask.frPyObjects(runs, H, W)]
 
 
 @torch.no_grad()
@@ -150,6 +158,7 @@ def postprocess(
     decode_masks: DecodeMasks | None,
     top_k: int = 100,
     score_threshold: float = 0.0,
+    decode_runs: DecodeRuns | None = None,
 ) -> list[Detections]:
     """The `top_k` best of queries × classes of each image by sigmoid score, as in Deformable DETR.
 
@@ -160,6 +169,7 @@ def postprocess(
         decode_masks: of the model, see :meth:`solq.models.solq.SOLQ.decode_masks`; None for no masks.
         top_k: the most detections of an image; a query may be among them with several classes.
         score_threshold: detections of a lower score are dropped before their masks are decoded.
+        decode_runs: the same for run lengths, see :meth:`solq.models.solq.SOLQ.decode_runs`; None for no run lengths.
     """
     scores = outputs["pred_logits"].float().sigmoid()
     B, Q, C = scores.shape
@@ -173,12 +183,16 @@ def postprocess(
     for image, (H, W) in enumerate(orig_sizes.tolist()):
         kept = scores[image] >= score_threshold
         query, label = order[image, kept] // C, order[image, kept] % C
-        masks = None
+        queries, of_detection = query.unique(return_inverse=True)  # each query's mask once
+        parts = queries.split(max(1, MASK_PIXELS // (H * W)))  # the masks of a huge image have to fit in memory
+        masks = run_lengths = None
         if decode_masks is not None:
-            decoded, of_detection = query.unique(return_inverse=True)  # each query's mask once
-            part = max(1, MASK_PIXELS // (H * W))  # the intermediate masks of a huge image have to fit in memory
-            masks = torch.cat(
-                [decode_masks(outputs, image, some, boxes[image, some], (H, W)) for some in decoded.split(part)]
-            )[of_detection]
-        detections.append(Detections(boxes[image, query], scores[image, kept], label, masks))
+            masks = torch.cat([decode_masks(outputs, image, some, boxes[image, some], (H, W)) for some in parts])
+            masks = masks[of_detection]
+        if decode_runs is not None:
+            runs = [decode_runs(outputs, image, some, boxes[image, some], (H, W)) for some in parts]
+            encoded = [rle for places, counts in runs for rle in encode_runs(places, counts, (H, W))]
+            run_lengths = [encoded[k] for k in of_detection.tolist()]
+        found = Detections(boxes[image, query], scores[image, kept], label, masks, run_lengths=run_lengths)
+        detections.append(found)
     return detections

@@ -394,7 +394,8 @@ class Oracle(nn.Module):
                 boxes[image, query] = torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
         return {"pred_logits": logits, "pred_boxes": boxes}
 
-    def postprocess(self, outputs: dict, orig_sizes: Tensor, top_k: int) -> list[Detections]:
+    def postprocess(self, outputs: dict, orig_sizes: Tensor, top_k: int, run_lengths: bool) -> list[Detections]:
+        assert run_lengths
         return postprocess(outputs, orig_sizes, lambda outputs, i, q, boxes, size: rectangles(boxes.round()), top_k)
 
 

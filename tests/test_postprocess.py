@@ -10,8 +10,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from solq import postprocess as postprocess_module
-from solq.kernels import crop_dct_encode, dct_decode_paste
-from solq.postprocess import Detections, _encode_runs, encode_masks, postprocess
+from solq.kernels import crop_dct_encode, dct_decode_binary, dct_decode_paste, paste_runs
+from solq.kernels.reference import mask_runs
+from solq.postprocess import Detections, encode_masks, encode_runs, postprocess
 
 
 def decode_masks(outputs: dict, image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -96,6 +97,25 @@ def test_huge_images_are_decoded_in_parts(monkeypatch):
         assert torch.equal(parts.masks, expected.masks)
 
 
+def test_run_lengths_instead_of_masks(monkeypatch):
+    outputs, sizes = random_outputs(), torch.tensor([[40, 50], [31, 17]])
+    outputs["pred_boxes"][0, 0] *= torch.tensor([1, 1, 9, 9])  # over all borders
+
+    def decode_runs(outputs: dict, image: int, queries: Tensor, boxes: Tensor, size: tuple[int, int]) -> Any:
+        return paste_runs(dct_decode_binary(outputs["pred_vectors"][image, queries], 32), boxes, size)
+
+    whole = postprocess(outputs, sizes, decode_masks, score_threshold=0.3)
+    monkeypatch.setattr(postprocess_module, "MASK_PIXELS", 3 * 40 * 50)
+    runs = postprocess(outputs, sizes, None, score_threshold=0.3, decode_runs=decode_runs)
+    for expected, found in zip(whole, runs, strict=True):
+        assert len(found) > 3
+        assert found.masks is None
+        assert found.rle() == expected.rle()
+        assert found.to_coco(3) == expected.to_coco(3)
+        for kept in (slice(1, 3), found.scores > found.scores[2], torch.tensor([2, 0])):
+            assert found[kept].to("cpu").rle() == expected[kept].rle()
+
+
 def test_threshold_and_none():
     outputs, sizes = random_outputs(), torch.tensor([[40, 50], [31, 17]])
     for everything, some in zip(
@@ -142,8 +162,8 @@ def test_run_lengths_are_those_of_pycocotools(shape):
     masks[0], masks[1] = False, True
     encoded = encode_masks(masks)
     expected = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
-    assert _encode_runs(masks) == expected
     assert [rle["counts"] for rle in encoded] == [rle["counts"].decode() for rle in expected]
+    assert encode_runs(*mask_runs(masks), shape[1:]) == encoded
     assert torch.equal(torch.from_numpy(coco_mask.decode(encoded)).permute(2, 0, 1).bool(), masks)
 
 

@@ -12,6 +12,7 @@ from solq.kernels.mask_dct import (
     dct_decode_paste,
     dct_encode,
     paste_masks,
+    paste_runs,
 )
 from solq.kernels.matching_cost import matching_cost
 from solq.kernels.module import MSDeformAttn
@@ -30,5 +31,6 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "paste_masks",
+    "paste_runs",
     "use_backend",
 ]

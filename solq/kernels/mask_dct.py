@@ -740,6 +740,14 @@ def _check_boxes(boxes: Tensor, others: Tensor, name: str) -> None:
         raise ValueError(f"boxes is on {boxes.device} but {name} on {others.device}: move them to one device")
 
 
+def _check_paste(masks: Tensor, boxes: Tensor) -> None:
+    if masks.ndim != 3 or masks.shape[1] != masks.shape[2]:
+        raise ValueError(f"masks has shape {tuple(masks.shape)}, must be square: (K, N, N)")
+    if masks.dtype not in (torch.bool, torch.uint8):
+        raise ValueError(f"masks is {masks.dtype}, must be bool or uint8")
+    _check_boxes(boxes, masks, "masks")
+
+
 def _check_image_size(image_size: tuple[int, int]) -> tuple[int, int]:
     if len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"image_size is {tuple(image_size)}, must be (H, W), both at least 1")
@@ -839,11 +847,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Te
     Raises:
         ValueError: if shapes, dtypes or devices do not fit.
     """
-    if masks.ndim != 3 or masks.shape[1] != masks.shape[2]:
-        raise ValueError(f"masks has shape {tuple(masks.shape)}, must be square: (K, N, N)")
-    if masks.dtype not in (torch.bool, torch.uint8):
-        raise ValueError(f"masks is {masks.dtype}, must be bool or uint8")
-    _check_boxes(boxes, masks, "masks")
+    _check_paste(masks, boxes)
     return _paste_masks(masks, boxes.detach(), *_check_image_size(image_size))
 
 
@@ -865,6 +869,25 @@ def dct_decode_paste(coefficients: Tensor, boxes: Tensor, image_size: tuple[int,
     _check_coefficients(coefficients, size)
     _check_boxes(boxes, coefficients, "coefficients")
     return _dct_decode_paste(coefficients.detach(), boxes.detach(), *_check_image_size(image_size), size)
+
+
+def paste_runs(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where the images of `paste_masks` change from 0 to 1 or back, column by column: COCO's run lengths, summed up.
+
+    On a CPU the images are never made, on a GPU they never leave it. How many changes there are depends on the values,
+    so that the host waits for a GPU; not for `torch.export`.
+
+    Arguments and errors are those of `paste_masks`.
+
+    Returns:
+        Places x·H + y (R,) int64 where a pixel differs from the one before it, 0 standing before the first: those of
+        the first mask, of the second, …; how many each mask has (K,) int64.
+    """
+    _check_paste(masks, boxes)
+    image_size = _check_image_size(image_size)
+    if backend_for(masks) == "triton":
+        return reference.mask_runs(_paste_masks(masks, boxes.detach(), *image_size))
+    return reference.paste_runs(masks, boxes.detach(), image_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

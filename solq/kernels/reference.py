@@ -4,7 +4,7 @@ Names and signatures are those of :mod:`solq.kernels`. Imports torch only (SciPy
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, overload
 
@@ -275,29 +275,65 @@ def crop_dct_encode(masks: Tensor, boxes: Tensor, size: int = 128, num_coefficie
     return dct_encode(crop_masks(masks, boxes, size), num_coefficients)
 
 
-def _paste_weights(start: float, end: float, extent: int, size: int, device: torch.device) -> tuple[Tensor, int]:
-    """Bilinear weights (reach, size) of a mask stretched over start … end at the pixels from first on, and first."""
+def _neighbours(start: float, end: float, extent: int, size: int) -> tuple[int, Tensor, Tensor]:
+    """The first pixel that a mask stretched over start … end can reach; of each pixel from there on, the cell before it
+    in the mask with zeros around it, and the share (…, 1) of the next cell.
+    """
     # A pixel whose centre lies outside the box is closer to the zeros around the mask: below the threshold.
     first, last = (int(min(max(edge, 0), extent)) for edge in (start - 1, end + 1))
-    position = (torch.arange(first, last) + 0.5 - start) / (end - start) * size - 0.5
-    return (1 - (position[:, None] - torch.arange(size)).abs()).clamp(min=0).to(device), first
+    position = ((torch.arange(first, last) + 0.5 - start) / (end - start) * size + 0.5).clamp(0, size + 1)
+    cell = position.long().clamp(max=size)
+    return first, cell, (position - cell)[:, None]
+
+
+def _visible_parts(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Of each mask with a usable box its index, the first row and column of the image that it can reach, and its part
+    of the image from there on, True where ≥ 0.5, column by column: (w, h).
+    """
+    H, W = image_size
+    boxes = boxes.float()
+    extent = boxes[:, 2:] - boxes[:, :2]
+    usable = ((extent > 0) & extent.isfinite()).all(1)
+    for index in usable.nonzero()[:, 0].tolist():
+        x0, y0, x1, y1 = boxes[index].tolist()
+        top, *down = _neighbours(y0, y1, H, masks.shape[-1])
+        left, *across = _neighbours(x0, x1, W, masks.shape[-1])
+        part = F.pad(masks[index].T.float(), (1, 1, 1, 1))
+        for cell, share in (down, across):
+            cell, share, part = cell.to(part.device), share.to(part.device), part.T.contiguous()
+            part = torch.lerp(part.index_select(0, cell), part.index_select(0, cell + 1), share)
+        yield index, top, left, part >= 0.5
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Masks (K, N, N) stretched over their boxes (K, 4) in an image (H, W), True where ≥ 0.5: (K, H, W) bool."""
-    H, W = image_size
-    size = masks.shape[-1]
-    boxes = boxes.float()
-    extent = boxes[:, 2:] - boxes[:, :2]
-    visible = ((extent > 0) & extent.isfinite()).all(1)
-    images = masks.new_zeros(len(masks), H, W, dtype=torch.bool)
-    for index in visible.nonzero()[:, 0].tolist():
-        x0, y0, x1, y1 = boxes[index].tolist()
-        down, top = _paste_weights(y0, y1, H, size, masks.device)
-        across, left = _paste_weights(x0, x1, W, size, masks.device)
-        pasted = down @ masks[index].float() @ across.T
-        images[index, top : top + len(down), left : left + len(across)] = pasted >= 0.5
+    images = masks.new_zeros(len(masks), *image_size, dtype=torch.bool)
+    for index, top, left, part in _visible_parts(masks, boxes, image_size):
+        images[index, top : top + part.shape[1], left : left + part.shape[0]] = part.T
     return images
+
+
+def mask_runs(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Where full-image masks (K, H, W) change: places (R,) and their numbers (K,), see `solq.kernels.paste_runs`."""
+    places = masks.transpose(1, 2).flatten(1)
+    changes = torch.cat([places[:, :1], places[:, 1:] ^ places[:, :-1]], dim=1)
+    return changes.nonzero()[:, 1], changes.sum(1)
+
+
+def paste_runs(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`mask_runs` of `paste_masks`, without the images."""
+    H, W = image_size
+    changes = [boxes.new_zeros(0, dtype=torch.int64)] * len(masks)
+    for index, top, left, part in _visible_parts(masks, boxes, image_size):
+        # Runs end with a column, for there is a row below, unless the next column goes on where this one ends.
+        column = F.pad(part, (0, int(part.shape[1] < H)))
+        values = F.pad(column.flatten(), (1, 1))
+        place = (values[1:] ^ values[:-1]).nonzero()[:, 0]
+        x, y = place // column.shape[1], place % column.shape[1]
+        place = (left + x) * H + top + y
+        changes[index] = place[place < H * W]  # the last run needs no end
+    counts = torch.tensor([len(places) for places in changes], dtype=torch.int64, device=masks.device)
+    return torch.cat(changes) if changes else counts, counts
 
 
 def dct_decode_paste(coefficients: Tensor, boxes: Tensor, image_size: tuple[int, int], size: int = 128) -> Tensor:

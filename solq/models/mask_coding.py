@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from solq.kernels import dct_decode, dct_decode_paste, dct_encode, paste_masks
+from solq.kernels import dct_decode, dct_decode_binary, dct_decode_paste, dct_encode, paste_masks, paste_runs
 from solq.kernels.reference import binarize
 
 MaskCodingName = Literal["dct", "pca", "sparse", "flat"]
@@ -53,9 +53,17 @@ class MaskCoding(nn.Module):
         """Decoded masks (K, N, N) as bool: the linear codings are least-squares fits of 0 and 1, cut in the middle."""
         return decoded > 0.5
 
+    def decode_binary(self, vectors: Tensor) -> Tensor:
+        """Masks (K, N, N) bool of vectors (K, n)."""
+        return self.binarize(self.decode(vectors))
+
     def decode_paste(self, vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Full-image masks (K, H, W) bool of vectors (K, n) in their boxes (K, 4), x0 y0 x1 y1 in pixels."""
-        return paste_masks(self.binarize(self.decode(vectors)), boxes, image_size)
+        return paste_masks(self.decode_binary(vectors), boxes, image_size)
+
+    def decode_runs(self, vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What COCO's run lengths of `decode_paste` are made of, see :func:`solq.kernels.paste_runs`."""
+        return paste_runs(self.decode_binary(vectors), boxes, image_size)
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Mean absolute difference of each pair of vectors (T, n): (T,) (paper, equation 5)."""
@@ -79,6 +87,9 @@ class DCTCoding(MaskCoding):
     def binarize(self, decoded: Tensor) -> Tensor:
         """True above the middle between each mask's own minimum and maximum, as in the published model."""
         return binarize(decoded)
+
+    def decode_binary(self, vectors: Tensor) -> Tensor:
+        return dct_decode_binary(vectors, self.size)
 
     def decode_paste(self, vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
         return dct_decode_paste(vectors, boxes, image_size, self.size)

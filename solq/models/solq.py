@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solq.config import ModelConfig, ModelMeta
+from solq.kernels.reference import mask_runs
 from solq.models.backbone import build_backbone
 from solq.models.deformable_transformer import MLP, DeformableTransformer
 from solq.models.mask_coding import build_mask_coding
@@ -137,12 +138,30 @@ class SOLQ(nn.Module):
             return self.mask_head.masks(logits, boxes, features["sizes"][image], image_size)
         return self.mask_coding.decode_paste(outputs["pred_vectors"][image, queries], boxes, image_size)
 
+    def decode_runs(
+        self, outputs: Mapping[str, Any], image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The same as what COCO's run lengths are made of, see :func:`solq.kernels.paste_runs`."""
+        if self.mask_head:
+            return mask_runs(self.decode_masks(outputs, image, queries, boxes, image_size))
+        return self.mask_coding.decode_runs(outputs["pred_vectors"][image, queries], boxes, image_size)
+
     def postprocess(
-        self, outputs: Outputs, orig_sizes: Tensor, top_k: int = 100, score_threshold: float = 0.0
+        self,
+        outputs: Outputs,
+        orig_sizes: Tensor,
+        top_k: int = 100,
+        score_threshold: float = 0.0,
+        run_lengths: bool = False,
     ) -> list[Detections]:
-        """Detections, with masks if the model predicts any; see :func:`solq.postprocess.postprocess`."""
-        decode_masks = None if self.config.mask_branch == "none" else self.decode_masks
-        return postprocess(outputs, orig_sizes, decode_masks, top_k, score_threshold)
+        """Detections, with masks if the model predicts any, or with run lengths instead of them; see
+        :func:`solq.postprocess.postprocess`.
+        """
+        if self.config.mask_branch == "none":
+            return postprocess(outputs, orig_sizes, None, top_k, score_threshold)
+        if run_lengths:
+            return postprocess(outputs, orig_sizes, None, top_k, score_threshold, self.decode_runs)
+        return postprocess(outputs, orig_sizes, self.decode_masks, top_k, score_threshold)
 
     def _project(self, maps: list[Tensor]) -> list[Tensor]:
         """The L levels (B, width, h, w) that the transformer reads, from the backbone's features."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import roi_align
 
@@ -18,6 +19,7 @@ from solq.kernels import (
     dct_encode,
     mask_dct,
     paste_masks,
+    paste_runs,
     reference,
     use_backend,
 )
@@ -275,6 +277,29 @@ def test_paste_of_bad_boxes_and_vectors_is_empty(backend: str, device: torch.dev
     dct_encode(torch.full((1, 16, 16), float("nan"), device=device))
 
 
+@pytest.mark.parametrize(("H", "W"), [(20, 33), (1, 40), (40, 1)])
+def test_runs_are_those_of_pycocotools(H: int, W: int, backend: str, device: torch.device) -> None:
+    boxes = random_boxes(24, H, W)
+    boxes[:12] = torch.tensor([
+        [0, 0, W, H], [-9, -9, W + 9, H + 9], [3, -9, 9, H + 9], [-9, 3, W + 9, 9], [W - 5, H - 5, W + 5, H + 5],
+        [-5, -5, 5, 5], [W + 3, 0, W + 9, H], [9, 9, 3, 3], [5, 5, 5, 5], [torch.nan] * 4, [-1e9, -1e9, 1e9, 1e9],
+        [0, 0, torch.inf, 9],
+    ])  # fmt: skip
+    masks = blobs(24, 16, 16)
+    masks[:12] = True
+    masks[12] = False
+    masks, boxes = masks.to(device), boxes.to(device)
+    pasted = paste_masks(masks, boxes, (H, W)).cpu().numpy()
+    places, counts = paste_runs(masks, boxes, (H, W))
+    assert places.dtype == counts.dtype == torch.int64
+    expected = coco_mask.encode(np.asfortranarray(pasted.transpose(1, 2, 0).astype(np.uint8)))
+    for of_mask, rle in zip(places.cpu().split(counts.tolist()), expected, strict=True):
+        lengths = np.diff(of_mask.numpy(), prepend=0, append=H * W)
+        assert coco_mask.frPyObjects({"size": [H, W], "counts": lengths}, H, W) == rle
+    none = paste_runs(masks[:0], boxes[:0], (H, W))
+    assert [part.tolist() for part in none] == [[], []]
+
+
 OPERATORS = {
     "encode": (mask_dct._dct_encode, lambda: (torch.randn(2, 16, 16, requires_grad=True), 9)),
     "encode bytes": (mask_dct._dct_encode, lambda: (blobs(2, 16, 16), 9)),
@@ -362,6 +387,8 @@ square, boxes_of_two = torch.zeros(2, 16, 16), torch.zeros(2, 4)
         (lambda: dct_decode_paste(torch.zeros(2, 9), boxes_of_two, (0, 9), 16), r"image_size is \(0, 9\)"),
         (lambda: paste_masks(torch.zeros(2, 9, 8).bool(), boxes_of_two, (9, 9)), "must be square"),
         (lambda: paste_masks(square, boxes_of_two, (9, 9)), "masks is torch.float32, must be bool or uint8"),
+        (lambda: paste_runs(square.bool(), boxes_of_two[:1], (9, 9)), r"boxes has shape \(1, 4\)"),
+        (lambda: paste_runs(square.bool(), boxes_of_two, (9, -1)), r"image_size is \(9, -1\)"),
     ],
 )
 def test_errors(call, message: str, backend: str) -> None:

@@ -152,6 +152,23 @@ def test_levels() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mask_coding": "flat", "num_coefficients": 256}, {"mask_branch": "separate"}],
+    ids=["dct", "flat", "sqr"],
+)
+def test_run_lengths_are_those_of_the_masks(changes: dict[str, Any]) -> None:
+    model = perturbed(build(**changes)).eval()
+    with torch.no_grad():
+        outputs = model(*batch())
+    sizes = torch.tensor([[50, 70], [33, 21]])
+    masks, runs = model.postprocess(outputs, sizes, 9), model.postprocess(outputs, sizes, 9, run_lengths=True)
+    assert any(detections.masks.any() for detections in masks)
+    for expected, found in zip(masks, runs, strict=True):
+        assert found.masks is None
+        assert found.rle() == expected.rle()
+
+
 def test_other_images_of_the_batch_change_nothing() -> None:
     model = perturbed(build(two_stage=True)).eval()
     images, mask = batch()
