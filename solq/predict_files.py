@@ -115,9 +115,9 @@ def predict(config: PredictConfig) -> None:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         _predict_images(predictor, images, config, found, progress)
-        for video in videos:
+        for video, name in zip(videos, output_names(videos, ".mp4"), strict=True):
             try:
-                _predict_video(predictor, video, config, found, progress)
+                _predict_video(predictor, video, name, config, found, progress)
             except (OSError, ValueError) as error:
                 found.report_error(error)
     seconds = time.perf_counter() - clock
@@ -141,7 +141,7 @@ def _predict_images(
     predictor: Predictor, images: list[Path], config: PredictConfig, found: _Found, progress: Progress
 ) -> None:
     """Write a picture of each image; reading, computing and writing go on at the same time."""
-    pictures = dict(enumerate(picture_names(images)))
+    pictures = output_names(images, ".jpg")
     ids = image_ids(images)
 
     def write(numbered: tuple[int, Prediction]) -> tuple[int, Prediction]:
@@ -162,12 +162,13 @@ def _predict_images(
             progress.advance(task)
 
 
-def _predict_video(predictor: Predictor, video: Path, config: PredictConfig, found: _Found, progress: Progress) -> None:
+def _predict_video(
+    predictor: Predictor, video: Path, name: str, config: PredictConfig, found: _Found, progress: Progress
+) -> None:
     """Write a video with the objects of each frame, whose results have the number of the frame as image id."""
     source = read_video(video)
-    path = config.output / f"{video.stem.replace(':', '')}.mp4"
     task = progress.add_task(video.name, total=source.num_frames)
-    with VideoWriter(path, source.frames_per_second) as writer:
+    with VideoWriter(config.output / name, source.frames_per_second) as writer:
         try:
             stream = predictor.stream(source.frames, threshold=config.threshold, top_k=config.top_k)
             for frame, prediction in enumerate(stream):
@@ -179,17 +180,15 @@ def _predict_video(predictor: Predictor, video: Path, config: PredictConfig, fou
             return
 
 
-def picture_names(images: Sequence[Path]) -> list[str]:
-    """A name in the output folder for each image, its own where no other image has it."""
-    taken: set[str] = set()
-    names = []
-    for image in images:
-        stem, number = image.stem, 1
-        while (name := f"{stem}.jpg" if number == 1 else f"{stem}-{number}.jpg") in taken:
+def output_names(files: Sequence[Path], ending: str) -> list[str]:
+    """A name in the output folder for each file, its own where no other file has it."""
+    names: dict[str, None] = {}
+    for file in files:
+        stem, number = file.stem.replace(":", ""), 1  # of `webcam:1`
+        while (name := f"{stem}{ending}" if number == 1 else f"{stem}-{number}{ending}") in names:
             number += 1
-        taken.add(name)
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
 def image_ids(images: Sequence[Path]) -> list[int]:

@@ -320,7 +320,7 @@ def read_rgb(image: ImageLike) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3):
             raise ValueError(f"an array has shape {image.shape}, must be (H, W), (H, W, 3) or (H, W, 4)")
-        pixels = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[:, :, None]))
+        pixels = torch.from_numpy(np.array(image if image.ndim == 3 else image[:, :, None]))  # may be read-only
         return _to_rgb(pixels.permute(2, 0, 1))
     if isinstance(image, Tensor):
         if image.ndim != 3:

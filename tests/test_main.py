@@ -18,7 +18,7 @@ from solq.__main__ import COMMANDS, main
 from solq.config import ModelMeta, preset
 from solq.data import shapes
 from solq.models.solq import SOLQ
-from solq.predict_files import image_ids, picture_names
+from solq.predict_files import image_ids, output_names
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,9 @@ def test_videos_without_opencv(monkeypatch, checkpoint, tmp_path):
 
 def test_names_and_ids_of_pictures():
     files = [Path("a/1.jpg"), Path("b/1.png"), Path("c/x.png")]
-    assert picture_names(files) == ["1.jpg", "1-2.jpg", "x.jpg"]
+    assert output_names(files, ".jpg") == ["1.jpg", "1-2.jpg", "x.jpg"]
+    assert output_names([Path("a/x.mp4"), Path("x.avi")], ".mp4") == ["x.mp4", "x-2.mp4"]
+    assert output_names([Path("webcam:1")], ".mp4") == ["webcam1.mp4"]
     assert image_ids(files) == [1, 2, 3]
     assert image_ids([Path("000000000139.jpg"), Path("000000000285.jpg")]) == [139, 285]
     assert image_ids([Path("7.jpg"), Path("007.png")]) == [1, 2]

@@ -124,6 +124,11 @@ def test_arrays_and_tensors(image):
     assert torch.equal(read_rgb(image), as_tensor(picture()))
 
 
+def test_arrays_that_cannot_be_written_to(recwarn):
+    assert torch.equal(read_rgb(np.asarray(Image.fromarray(picture()))), as_tensor(picture()))
+    assert not recwarn.list
+
+
 def test_grey_arrays():
     grey = picture()[..., 0]
     expected = torch.from_numpy(grey).expand(3, -1, -1)
