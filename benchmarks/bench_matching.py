@@ -3,8 +3,14 @@
 Contenders: this project; DETR's formulation (the cost of all B·Q × T pairs, layer by layer, `.cpu()`, SciPy per image);
 the same with only the blocks of one image copied; torch-linear-assignment where it is installed.
 `extra_info` has the host synchronisations and the peak memory of one call, on a GPU.
+
+    pytest benchmarks/bench_matching.py --benchmark-only
+    python -m benchmarks.bench_matching    # from how many targets on SciPy would be the better choice on a GPU
 """
 
+import functools
+import statistics
+import time
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -200,3 +206,49 @@ def test_matching(benchmark, images: int, crowded: bool, contender: Callable[[Ba
     benchmark.group += f", batch {images}, {'crowded' if crowded else 'COCO'}"
     batch = make_batch(images, crowded)
     run(benchmark, lambda: contender(batch))
+
+
+def contested(cost: Tensor) -> Tensor:
+    """All targets want the same queries: as many steps as an assignment can take."""
+    return cost * 1e-3 + torch.arange(cost.shape[-1], device=cost.device)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    def seconds() -> float:
+        start = time.perf_counter()
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    call()  # compiles
+    return 1e3 * statistics.median(seconds() for _ in range(5))
+
+
+def main() -> None:
+    """Compare the two ways to solve the assignment of a GPU's tensors: the kernel, and SciPy with its copy and wait."""
+    print(f"assignment, {LAYERS} layers, {QUERIES} queries, {torch.get_num_threads()} threads of the host")
+    print("| images | costs | targets per image | SciPy | kernel |\n|---|---|---|---|---|")
+    scipy_is_faster = []
+    for images in (1, 16):
+        for kind, make_cost in (("random", torch.clone), ("contested", contested)):
+            for targets in (7, 30, 150, 300):
+                offsets = torch.arange(images + 1, device=DEVICE) * targets
+                cost = make_cost(torch.rand(LAYERS, images * targets, QUERIES, device=DEVICE))
+                solve = functools.partial(linear_assignment, cost, offsets)
+                with use_backend("reference"):
+                    scipy = milliseconds(solve)
+                case = f"{images} | {kind} | {targets}"
+                if DEVICE.type == "cpu":
+                    print(f"| {case} | {scipy:.2f} ms | needs a GPU |")
+                    continue
+                kernel = milliseconds(solve)
+                print(f"| {case} | {scipy:.2f} ms | {kernel:.2f} ms |")
+                if scipy < kernel:
+                    scipy_is_faster.append(case)
+    if DEVICE.type == "cuda":
+        print(f"SciPy is faster in {len(scipy_is_faster)} of these cases: {scipy_is_faster}")
+
+
+if __name__ == "__main__":
+    main()

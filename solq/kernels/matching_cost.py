@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solq.kernels import reference
-from solq.kernels.runtime import backend_for
+from solq.kernels.runtime import LAUNCH_OPTIONS, backend_for
 
 ClassCost = Literal["focal", "softmax"]
 
@@ -141,6 +141,12 @@ def values_are_known(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or CHECK_ON_DEVICE
 
 
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` has a dtype that the kernels compute with."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name} is {tensor.dtype}, must be float16, bfloat16, float32 or float64")
+
+
 def check_offsets(target_offsets: Tensor) -> None:
     """Raise unless `target_offsets` can be (B+1,) integers."""
     if (
@@ -230,6 +236,7 @@ def _matching_cost(
             BLOCK_IMAGES=triton.next_power_of_2(B),
             BLOCK_QUERIES=block_queries,
             num_warps=NUM_WARPS,
+            **LAUNCH_OPTIONS,
         )
     return cost
 
@@ -258,8 +265,7 @@ def _check(
             f"target_boxes has shape {tuple(target_boxes.shape)}, must be {(T, 4)} as there are {T} target_labels"
         )
     for name, tensor in (("logits", logits), ("boxes", boxes), ("target_boxes", target_boxes)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, must be a floating-point tensor")
+        check_floating(name, tensor)
     if target_labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"target_labels is {target_labels.dtype}, must be int64 or int32")
     for name, tensor in (
@@ -292,10 +298,10 @@ def matching_cost(
     """The cost of each query of a target's own image, for every decoder layer. Has no gradient.
 
     Args:
-        logits: (L, B, Q, C), any float dtype, L decoder layers.
-        boxes: (L, B, Q, 4) as cx cy w h in 0..1 of the image, any float dtype.
+        logits: (L, B, Q, C), float16, bfloat16, float32 or float64, L decoder layers.
+        boxes: (L, B, Q, 4) as cx cy w h in 0..1 of the image, of any of these dtypes, as target_boxes.
         target_labels: (T,) int64 or int32, the targets of the images one after another.
-        target_boxes: (T, 4) as cx cy w h in 0..1, any float dtype.
+        target_boxes: (T, 4) as cx cy w h in 0..1.
         target_offsets: (B+1,) int64 or int32; image b has the targets target_offsets[b] … target_offsets[b+1] − 1.
         cost_class, cost_bbox, cost_giou: weights of the three terms.
         alpha, gamma: of the focal-style class cost.

@@ -346,6 +346,9 @@ def dct_decode_paste(coefficients: Tensor, boxes: Tensor, image_size: tuple[int,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+CACHED_COSTS = 1 << 16  # as many costs at a time; with what is needed to compute them, they fit a core's cache
+
+
 def _class_cost(
     logits: Tensor, labels: Tensor, class_cost: Literal["focal", "softmax"], alpha: float, gamma: float
 ) -> Tensor:
@@ -366,18 +369,19 @@ def _overlap_and_hull(centre: Tensor, extent: Tensor, other_centre: Tensor, othe
     half, other_half = extent.clamp(min=0) / 2, other_extent.clamp(min=0) / 2
     low, high = centre - half, centre + half
     other_low, other_high = other_centre - other_half, other_centre + other_half
-    overlap = torch.minimum(high, other_high).sub_(torch.maximum(low, other_low)).clamp_(min=0)
-    hull = torch.maximum(high, other_high).sub_(torch.minimum(low, other_low))
-    return [overlap, hull, high - low, other_high - other_low]
+    length, other_length = high - low, other_high - other_low
+    overlap = torch.minimum(high, other_high).sub_(torch.maximum(low, other_low))  # negative: the gap between both
+    hull = (length + other_length).sub_(overlap)
+    return [overlap.clamp_(min=0), hull, length, other_length]
 
 
-def _giou(boxes: Tensor, other_boxes: Tensor) -> Tensor:
-    """Generalised IoU of boxes (4, ...) that broadcast, each cx cy w h; 0/0 is 0."""
+def _giou_plus_one(boxes: Tensor, other_boxes: Tensor) -> Tensor:
+    """1 + generalised IoU of boxes (4, ...) that broadcast, each cx cy w h; a GIoU of 0/0 is 0."""
     x, y = (_overlap_and_hull(boxes[i], boxes[i + 2], other_boxes[i], other_boxes[i + 2]) for i in (0, 1))
     overlap, hull, area, other_area = (along_x * along_y for along_x, along_y in zip(x, y, strict=True))
-    union = area + other_area - overlap
     smallest = torch.finfo(hull.dtype).tiny
-    return overlap / union.clamp(min=smallest) - (hull - union) / hull.clamp(min=smallest)
+    union = (area + other_area).sub_(overlap).clamp_(min=smallest)
+    return overlap.div_(union).add_(union.div_(hull.clamp_(min=smallest)))
 
 
 def matching_cost(
@@ -400,14 +404,21 @@ def matching_cost(
     coordinates = boxes.float().movedim(-1, 0).contiguous()  # (4, L, B, Q)
     target_coordinates = target_boxes.float().T[:, :, None]  # (4, T, 1)
     for image, (start, end) in enumerate(pairwise(target_offsets.tolist())):
-        queries, targets = coordinates[:, :, image, None], target_coordinates[:, None, start:end]
-        own = cost[:, start:end]
-        own[:] = _class_cost(logits[:, image].float(), target_labels[start:end], class_cost, alpha, gamma)
-        own *= cost_class
-        for query_coordinate, target_coordinate in zip(queries, targets, strict=True):
-            own.add_((query_coordinate - target_coordinate).abs_(), alpha=cost_bbox)
-        own.sub_(_giou(queries, targets), alpha=cost_giou)
+        layers = max(CACHED_COSTS // max((end - start) * Q, 1), 1)
+        for first in range(0, L, layers):
+            some = slice(first, first + layers)
+            queries, targets = coordinates[:, some, image, None], target_coordinates[:, None, start:end]
+            own = cost[some, start:end]
+            own[:] = _class_cost(logits[some, image].float(), target_labels[start:end], class_cost, alpha, gamma)
+            own *= cost_class
+            own += cost_giou
+            own.sub_(_giou_plus_one(queries, targets), alpha=cost_giou)
+            for query_coordinate, target_coordinate in zip(queries, targets, strict=True):
+                own.add_((query_coordinate - target_coordinate).abs_(), alpha=cost_bbox)
     return cost
+
+
+LARGEST_COST = 1e290  # sums of larger ones overflow
 
 
 @overload
@@ -425,7 +436,8 @@ def linear_assignment(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The query of each target (L, T) int64 at the least total cost per layer and image; -1 for a target left over.
 
-    NaN and infinite costs are worse than all finite ones together; their number (L, T) is returned on request.
+    NaN and infinite costs, in float64 also those from LARGEST_COST on, are worse than all others together; their
+    number (L, T) is returned on request.
     """
     import numpy as np
     from scipy.optimize import linear_sum_assignment
@@ -433,9 +445,10 @@ def linear_assignment(
     assignment = torch.full(cost.shape[:2], -1, dtype=torch.int64)
     non_finite = torch.zeros(cost.shape[:2], dtype=torch.int64)
     host_cost = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32)).numpy()  # no bfloat16 in numpy
+    largest = min(LARGEST_COST, float(np.finfo(host_cost.dtype).max))
     for start, end in pairwise(target_offsets.tolist()):
         for layer, problem in enumerate(host_cost[:, start:end]):
-            finite = np.isfinite(problem)
+            finite = np.abs(problem) <= largest
             if not finite.all():
                 non_finite[layer, start:end] = torch.as_tensor((~finite).sum(1))
                 bound = np.abs(problem[finite]).max(initial=0).astype(np.float64)

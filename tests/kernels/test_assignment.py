@@ -124,6 +124,28 @@ def test_costs_that_are_not_finite_are_avoided(backend: str) -> None:
     assert linear_assignment(cost, offsets_of([1])).tolist() == [[1]]
 
 
+def test_float64_costs_near_overflow(backend: str) -> None:
+    """From 1e290 on they count as infinite: neither SciPy nor the kernel could add them up."""
+    cost = torch.tensor([[[math.nan, math.nan], [1.7e308, 1.0], [-1.7e308, 3.0]]], dtype=torch.float64, device=DEVICE)
+    for sizes in ([2, 1], [3]):
+        assignment, non_finite = linear_assignment(cost, offsets_of(sizes), return_non_finite=True)
+        check(cost.where(cost.abs() < 1e290, math.inf), sizes, assignment)
+        assert non_finite.tolist() == [[2, 1, 1]]
+
+
+def test_scipy_by_one_thread_and_by_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [40, 0, 20]
+    cost = random_cost(5, sizes, 400)  # enough for threads
+    cost[3, 7, 9] = math.nan
+    results = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with use_backend("reference"):
+            results.append(linear_assignment(cost, offsets_of(sizes), return_non_finite=True))
+    check(cost, sizes, results[1][0])
+    assert all(map(torch.equal, *results))
+
+
 def test_a_bad_image_does_not_disturb_the_others(backend: str) -> None:
     sizes = [3, 4, 2]
     cost = random_cost(2, sizes, 5)
@@ -172,7 +194,8 @@ def test_does_not_change_its_input(backend: str) -> None:
     ("cost", "offsets", "message"),
     [
         (torch.zeros(3, 4), [0, 3], r"cost has shape \(3, 4\), must be \(L, T, Q\)"),
-        (torch.zeros(1, 3, 4, dtype=torch.int64), [0, 3], "cost is torch.int64, must be a floating-point tensor"),
+        (torch.zeros(1, 3, 4, dtype=torch.int64), [0, 3], "cost is torch.int64, must be float16, bfloat16"),
+        (torch.zeros(1, 3, 4).to(torch.float8_e4m3fn), [0, 3], "cost is torch.float8_e4m3fn, must be float16"),
         (torch.zeros(1, 3, 4), [0.0, 3.0], r"target_offsets is torch.float32 of shape \(2,\), must be int64 or int32"),
         (torch.zeros(1, 3, 4), [[0, 3]], r"target_offsets is torch.int64 of shape \(1, 2\)"),
         (torch.zeros(1, 3, 4), [0, 2], "target_offsets goes from 0 to 2, must go from 0 to the 3 targets"),

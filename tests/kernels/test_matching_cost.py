@@ -215,7 +215,7 @@ def test_queries_beyond_one_block(device: torch.device) -> None:
     ("position", "replace", "message"),
     [
         (0, lambda x: x[0], r"logits has shape \(2, 5, 3\), must be \(L, B, Q, C\)"),
-        (0, lambda x: x.long(), "logits is torch.int64, must be a floating-point tensor"),
+        (0, lambda x: x.long(), "logits is torch.int64, must be float16, bfloat16, float32 or float64"),
         (1, lambda x: x[:, :, :4], r"boxes has shape \(1, 2, 4, 4\), must be \(1, 2, 5, 4\)"),
         (2, lambda x: x[None], r"target_labels has shape \(1, 5\), must be \(T,\)"),
         (2, lambda x: x.float(), "target_labels is torch.float32, must be int64 or int32"),
