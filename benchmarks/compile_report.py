@@ -93,7 +93,8 @@ def _nvidia(target: str, compiled: Any) -> dict[str, Any]:
         cubin.flush()
         usage = subprocess.run([tool, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    loads = [int(v or 1) * int(bits) // 8 for v, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)]
+    copies = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\].*?\], 0x(\w+)", ptx)]
     atomics = {_atomic_name(line) for line in ptx.splitlines() if re.search(r"\b(red|atom)\.", line)}
     shared = compiled.metadata.shared
     return {
@@ -101,7 +102,7 @@ def _nvidia(target: str, compiled: Any) -> dict[str, Any]:
         "spills": stack,
         "shared": shared,
         "occupancy": _occupancy(target, compiled.metadata.num_warps, registers, shared),
-        "load": max((int(vector or 1) * int(bits) // 8 for vector, bits in loads), default=0),
+        "load": max(loads + copies, default=0),
         "atomics": ", ".join(sorted(atomics)),
     }
 

@@ -72,9 +72,14 @@ def _zigzag_index(row, column, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _bytes_to_float16(tile):
+def _left_pixels(pairs):
     """0x6400 + byte is the float16 number 1024 + byte: cheaper than to convert integers."""
-    return (tile.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    return (pairs & 0xFF | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def _right_pixels(pairs):
+    return (pairs >> 8 | 0x6400).to(tl.float16, bitcast=True) - 1024.0
 
 
 @triton.jit
@@ -127,13 +132,12 @@ def _store_coefficients(vector_ptr, spectrum, rows, columns, num_coefficients, S
 
 @triton.jit
 def _encode_kernel(
-    masks_ptr,  # (K, N, N) bytes or floats
+    masks_ptr,  # (K, N, N) floats, or (K, N, N / 2) pairs of bytes
     vectors_ptr,  # (K, n)
     num_masks,
     num_coefficients,
-    EXACT: tl.constexpr,  # bytes, which float16 holds exactly
+    PAIRS: tl.constexpr,  # of bytes, which float16 holds exactly: 16-bit words are unpacked two at a time
     SIZE: tl.constexpr,
-    SIDE: tl.constexpr,  # the power of two from N on
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_Y: tl.constexpr,
@@ -143,18 +147,25 @@ def _encode_kernel(
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     for number in range(tl.program_id(0), num_masks, tl.num_programs(0)):
-        mask_ptr = masks_ptr + tl.cast(number, tl.int64) * SIZE * SIZE
+        mask_ptr = masks_ptr + tl.cast(number, tl.int64) * (SIZE * SIZE // (2 if PAIRS else 1))
         spectrum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for first_y in tl.range(0, SIZE, BLOCK_Y):
             y = first_y + tl.arange(0, BLOCK_Y)
             half = tl.zeros((BLOCK_Y, BLOCK_COLUMNS), tl.float32)
             for first_x in tl.range(0, SIZE, BLOCK_X):
-                x = first_x + tl.arange(0, BLOCK_X)
-                inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
-                tile = tl.load(mask_ptr + y[:, None] * SIZE + x[None, :], mask=inside, other=0)
-                tile = _bytes_to_float16(tile) if EXACT else tile.to(tl.float32)
-                half = _transform_rows(half, tile, columns, x, SIZE, PRECISION)
-            spectrum = _transform_columns(spectrum, half, rows, y, SIZE, EXACT, PRECISION)
+                if PAIRS:
+                    pair = first_x // 2 + tl.arange(0, BLOCK_X // 2)
+                    inside = (y < SIZE)[:, None] & (pair < SIZE // 2)[None, :]
+                    pairs = tl.load(mask_ptr + y[:, None] * (SIZE // 2) + pair[None, :], mask=inside, other=0)
+                    pairs = pairs.to(tl.uint16, bitcast=True)
+                    half = _transform_rows(half, _left_pixels(pairs), columns, 2 * pair, SIZE, PRECISION)
+                    half = _transform_rows(half, _right_pixels(pairs), columns, 2 * pair + 1, SIZE, PRECISION)
+                else:
+                    x = first_x + tl.arange(0, BLOCK_X)
+                    inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
+                    tile = tl.load(mask_ptr + y[:, None] * SIZE + x[None, :], mask=inside, other=0)
+                    half = _transform_rows(half, tile.to(tl.float32), columns, x, SIZE, PRECISION)
+            spectrum = _transform_columns(spectrum, half, rows, y, SIZE, PAIRS, PRECISION)
         vector_ptr = vectors_ptr + tl.cast(number, tl.int64) * num_coefficients
         _store_coefficients(vector_ptr, spectrum, rows, columns, num_coefficients, SIZE)
 
@@ -441,7 +452,8 @@ def _paste_kernel(
 
 # AMD's matrix cores multiply float32; on NVIDIA three TF32 products make one of float32.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
-
+# Two encoding programs fill a multiprocessor's registers; NVIDIA's assembler rather spills than uses so many unasked.
+ENCODE_REGISTERS = {"maxnreg": 255}
 
 DECODE_PIXELS, BINARY_PIXELS = 8192, 16384  # a binary mask of 128 × 128 is one tile: decoded once
 
@@ -451,20 +463,14 @@ def _kept(size: int, num_coefficients: int) -> int:
     return max(16, triton.next_power_of_2(reference.kept_rows(size, num_coefficients)))
 
 
-def _encode_blocks(size: int, num_coefficients: int, exact: bool) -> dict[str, int]:
+def _encode_blocks(size: int, num_coefficients: int, pairs: bool) -> dict[str, int]:
     block = min(_kept(size, num_coefficients), 32)
     side = triton.next_power_of_2(size)
-    return {
-        "EXACT": exact,
-        "SIZE": size,
-        "SIDE": side,
-        "BLOCK_ROWS": block,
-        "BLOCK_COLUMNS": block,
-        # Of bytes a whole mask up to 128 × 128 is in flight while the one before it is transformed.
-        "BLOCK_Y": min(side, 16384 // side if exact else 32),
-        "BLOCK_X": min(side, 128 if exact else 32),
-        "num_warps": 4 if exact and side <= 128 else 8,
-    }
+    blocks = {"PAIRS": pairs, "SIZE": size, "BLOCK_ROWS": block, "BLOCK_COLUMNS": block}
+    if not pairs:
+        return blocks | {"BLOCK_Y": min(side, 32), "BLOCK_X": min(side, 32), "num_warps": 8}
+    # A whole mask of up to 128 × 128 bytes is in flight while the one before it is transformed.
+    return blocks | {"BLOCK_Y": min(side, 128), "BLOCK_X": side if side <= 128 else 64, "num_warps": 4}
 
 
 def _crop_blocks(size: int, num_coefficients: int) -> dict[str, int]:
@@ -494,33 +500,42 @@ def _decode_blocks(size: int, num_coefficients: int, pixels: int) -> dict[str, i
     }
 
 
-def _programs(tensor: Tensor) -> int:
-    """As many programs as a device holds at a time; each then takes several masks."""
+def _multiprocessors(tensor: Tensor) -> int:
     if tensor.device.type == "cpu":  # the interpreter
-        return 2
-    return 4 * torch.cuda.get_device_properties(tensor.device).multi_processor_count
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def _as_bytes(masks: Tensor) -> Tensor:
     return masks.view(torch.uint8) if masks.dtype == torch.bool else masks
 
 
+def _as_pairs(masks: Tensor) -> Tensor:
+    """Two bytes in one number of 16 bits."""
+    masks = masks.contiguous()
+    return (masks.clone() if masks.storage_offset() % 2 else masks).view(torch.int16)
+
+
 def _launch_encode(masks: Tensor, num_coefficients: int) -> Tensor:
     K, size = masks.shape[0], masks.shape[-1]
     vectors = masks.new_empty(K, num_coefficients, dtype=torch.float32)
     if K:
-        blocks = _encode_blocks(size, num_coefficients, exact=not masks.is_floating_point())
+        pairs = not masks.is_floating_point()
+        blocks = _encode_blocks(size, num_coefficients, pairs)
         corner = triton.cdiv(_kept(size, num_coefficients), blocks["BLOCK_ROWS"])
-        grid = (min(K, _programs(masks)), corner, corner)
+        # No more programs than fit on a multiprocessor: each computes its cosines once.
+        programs = triton.cdiv((4 if size <= 64 else 2) * _multiprocessors(masks), corner**2)
+        grid = (min(K, programs), corner, corner)
         with torch.cuda.device_of(masks):
             _encode_kernel[grid](
-                _as_bytes(masks).contiguous(),
+                _as_pairs(masks) if pairs else masks.contiguous(),
                 vectors,
                 K,
                 num_coefficients,
                 **blocks,
                 PRECISION=PRECISION,
                 **LAUNCH_OPTIONS,
+                **({} if torch.version.hip else ENCODE_REGISTERS),
             )
     return vectors
 
@@ -579,7 +594,7 @@ def _launch_paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tens
     images = masks.new_zeros(K, height, width, dtype=torch.bool)
     if images.numel():
         tiles = triton.cdiv(height, PASTE_BLOCK["BLOCK_Y"]) * triton.cdiv(width, PASTE_BLOCK["BLOCK_X"])
-        grid = (K, min(tiles, triton.cdiv(4 * _programs(masks), K)))
+        grid = (K, min(tiles, triton.cdiv(16 * _multiprocessors(masks), K)))
         with torch.cuda.device_of(masks):
             _paste_kernel[grid](
                 _as_bytes(masks).contiguous(),
@@ -910,12 +925,14 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
 
         for size, n in ((128, 256), (256, 400), (64, 64), (256, 65536)):
             shape = f"N={size} n={n}"
-            for dtype in ("u8", "fp32"):
+            for label, dtype in (("bytes", "i16"), ("fp32", "fp32")):
                 yield case(
-                    f"dct_encode {dtype} {shape}",
+                    f"dct_encode {label} {shape}",
                     _encode_kernel,
                     {"masks_ptr": f"*{dtype}", "vectors_ptr": "*fp32", "num_masks": "i32", "num_coefficients": "i32"},
-                    _encode_blocks(size, n, exact=dtype == "u8"),
+                    _encode_blocks(size, n, pairs=label == "bytes"),
+                    load=16 if label == "bytes" else 8,
+                    options={} if precision == "ieee" else ENCODE_REGISTERS,
                 )
             decode = {"vectors_ptr": "*fp32", "masks_ptr": "*fp32", "num_coefficients": "i32"}
             yield case(f"dct_decode {shape}", _decode_kernel, decode, _decode_blocks(size, n, DECODE_PIXELS))
