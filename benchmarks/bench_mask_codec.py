@@ -1,8 +1,9 @@
-"""The mask codec: encode, decode, crop + encode, decode + paste, for N = 128 and n = 256.
+"""The mask codec: encode, decode, crop + encode, decode + paste, decode + run lengths, for N = 128 and n = 256.
 
 Contenders: this project; its definitions in PyTorch, eager and compiled; the whole spectrum by FFT (torch-dct where it
 is installed, else the same algorithm here); OpenCV's cv2.dct or cv2.idct mask by mask, with the copies to and from the
-host; for crops torchvision's RoIAlign, for pastes grid_sample over whole images, as Detectron2 does.
+host; for crops torchvision's RoIAlign, for pastes grid_sample over whole images, as Detectron2 does; for run lengths
+pycocotools on pasted images, copied to the host.
 `extra_info` has the bytes that must be moved (each input read once, each output written once), GB/s, and the share of
 the bandwidth of a large copy measured in the same process.
 """
@@ -13,18 +14,31 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from solq.kernels import crop_dct_encode, dct_decode, dct_decode_paste, dct_encode, reference, use_backend
+from solq.kernels import (
+    crop_dct_encode,
+    dct_decode,
+    dct_decode_binary,
+    dct_decode_paste,
+    dct_encode,
+    paste_runs,
+    reference,
+    use_backend,
+)
+from solq.kernels.runtime import Backend
+from solq.postprocess import encode_runs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKEND = "triton" if DEVICE.type == "cuda" else "reference"  # never the interpreter
+BACKEND: Backend = "triton" if DEVICE.type == "cuda" else "reference"  # never the interpreter
 N, n = 128, 256
-COUNTS = (10, 100, 1000, 10_000) if DEVICE.type == "cuda" else (10, 100, 1000)
+COUNTS = (10, 100, 1000, 10_000)
 IMAGE_SIZE = (800, 1333) if DEVICE.type == "cuda" else (480, 640)
 
 
@@ -35,10 +49,10 @@ def blobs(K: int, H: int, W: int) -> Tensor:
     return masks.repeat(math.ceil(K / len(masks)), 1, 1)[:K]
 
 
-def boxes_of(K: int) -> Tensor:
+def boxes_of(K: int, image_size: tuple[int, int] = IMAGE_SIZE) -> Tensor:
     """Boxes (K, 4) in pixels, log-normal sizes as COCO's: the median has a fifth of the image's side."""
     generator = torch.Generator().manual_seed(0)
-    extent = torch.tensor(IMAGE_SIZE).flip(0)
+    extent = torch.tensor(image_size).flip(0)
     size = (0.2 * torch.exp(0.8 * torch.randn(K, 2, generator=generator))).clamp(max=1) * extent
     corner = torch.rand(K, 2, generator=generator) * (extent - size)
     return torch.cat([corner, corner + size], 1).to(DEVICE)
@@ -155,6 +169,16 @@ def grid_sample_paste(vectors: Tensor, boxes: Tensor) -> Tensor:
     return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
 
 
+def ours_runs(vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> list[dict]:
+    return encode_runs(*paste_runs(dct_decode_binary(vectors, N), boxes, image_size), image_size)
+
+
+def pycocotools_runs(vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> list[dict]:
+    pasted = dct_decode_paste(vectors, boxes, image_size, N).cpu().numpy().view(np.uint8)
+    encoded = coco_mask.encode(np.asfortranarray(pasted.transpose(1, 2, 0)))
+    return [rle | {"counts": rle["counts"].decode()} for rle in encoded]
+
+
 def ours_crop(masks: Tensor, boxes: Tensor) -> Tensor:
     return crop_dct_encode(masks, boxes, N, n)
 
@@ -165,15 +189,14 @@ def roi_align_crop(masks: Tensor, boxes: Tensor) -> Tensor:
     return eager(crops)
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], rounds: int = 7) -> float:
     """Median time of one call; on a GPU that of the device, with a cold cache."""
     if DEVICE.type == "cuda":
         from triton.testing import do_bench
 
         return do_bench(call, warmup=50, rep=200, return_mode="median") / 1000
-    call()
     times = []
-    for _ in range(7):
+    for _ in range(rounds):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -200,13 +223,15 @@ def run(benchmark, call: Callable[[], Tensor], expected: Tensor, moved: int, wro
     with use_backend(BACKEND):
         difference = (timed().float() - expected.float()).abs()
         assert (difference > 1e-3).float().mean().item() <= wrong
-        device_time = seconds(call)
+        del difference
+        rounds = max(3, min(50, int(2 / seconds(timed, 1))))
+        device_time = seconds(call, rounds)
         benchmark.extra_info |= {
             "bytes": moved,
             "GB/s": moved / device_time / 1e9,
-            "share of copy bandwidth": moved / device_time / copy_bandwidth(),
+            "share_of_copy": moved / device_time / copy_bandwidth(),
         }
-        benchmark.pedantic(timed, rounds=50 if DEVICE.type == "cuda" else 7, warmup_rounds=2)
+        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("contender", [ours, eager, pytest.param(compiled, id="compiled"), full_fft, opencv_loop])
@@ -252,3 +277,13 @@ def test_decode_paste(benchmark, K: int, contender: Callable[[Tensor, Tensor], T
     moved = K * (4 * (n + 4) + IMAGE_SIZE[0] * IMAGE_SIZE[1])
     expected = grid_sample_paste(vectors, boxes)
     run(benchmark, lambda: contender(vectors, boxes), expected, moved, wrong=1e-4)
+
+
+@pytest.mark.parametrize("contender", [ours_runs, pycocotools_runs])
+@pytest.mark.parametrize("image_size", [(480, 640), (800, 1333)])
+def test_decode_to_run_lengths(benchmark, image_size: tuple[int, int], contender: Callable[..., list[dict]]) -> None:
+    benchmark.group = f"decode 100 vectors to run lengths of {image_size[0]} × {image_size[1]}"
+    vectors, boxes = eager(blobs(100, N, N)), boxes_of(100, image_size)
+    with use_backend(BACKEND):
+        assert contender(vectors, boxes, image_size) == pycocotools_runs(vectors, boxes, image_size)
+        benchmark.pedantic(contender, (vectors, boxes, image_size), rounds=20, warmup_rounds=1)
