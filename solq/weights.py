@@ -26,6 +26,8 @@ from solq.models.solq import SOLQ
 # What an official file's settings may say beside the sizes of its tensors, and the values that this model has.
 REQUIRED_SETTINGS = {"activation": "relu", "position_embedding": "sine", "dilation": False}
 
+WRAPPED = "module."  # what modules that wrap a model, for several devices or an average, put before its names
+
 
 def save(model: SOLQ, path: str | Path) -> None:
     """Write a model as safetensors; `model.config` and `model.meta` (class names, licence, …) go into its metadata.
@@ -72,11 +74,14 @@ def load(path: str | Path) -> SOLQ:
         raise FileNotFoundError(f"{path}: no such file{': name a file in this folder' if path.is_dir() else ''}")
     file = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     try:
-        model = _build(file)
+        model = _build(file if path.suffix == ".safetensors" else _entries(file))
         for name in ("class_names", "category_ids"):
             check_length(name, getattr(model.meta, name), model.config.num_classes)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # settings that another program wrote may be anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} has settings that make no model ({reason}): use another file") from error
     return model.eval()
 
 
@@ -126,12 +131,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"model": weights, **described}
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
-    """The entries of a checkpoint. Nothing but tensors, plain containers and a Namespace of settings is made of it."""
+def _read_pickle(path: Path) -> Any:
+    """What a file holds. Nothing but tensors, plain containers and a Namespace of settings is made of it."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols; what comes of them is an error
-            file = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
         why = f"reading it would call {called[1]}" if called else "it is damaged, or a pickle of more than weights"
@@ -141,16 +146,21 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except Exception as error:  # readers of zip files and of tensors each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from error
+
+
+def _entries(file: Any) -> dict[str, Any]:
+    """What a model is made from, of the content of a checkpoint of `train.py` or of the official code."""
     if isinstance(file, Mapping) and "model" not in file and all(isinstance(value, Tensor) for value in file.values()):
         file = {"model": file}  # the bare weights
     weights = file.get("model") if isinstance(file, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no weights of a model: it is not a checkpoint")
+        raise ValueError("it holds no weights of a model, so it is no checkpoint: use another file")
     if "model_config" not in file:
+        if all(key.startswith(WRAPPED) for key in weights):
+            weights = {key.removeprefix(WRAPPED): value for key, value in weights.items()}
         return {"model": weights, "args": file.get("args")}
     if file.get("ema"):
-        average = "module."
-        weights = {key.removeprefix(average): value for key, value in file["ema"].items() if key.startswith(average)}
+        weights = {key.removeprefix(WRAPPED): value for key, value in file["ema"].items() if key.startswith(WRAPPED)}
     training = file.get("config", {})
     sizes = {key: training[key] for key in ("eval_scale", "max_size") if key in training}
     names = {key: file[key] for key in ("class_names", "category_ids") if key in file}
@@ -184,7 +194,7 @@ def infer_config(weights: Mapping[str, Tensor], settings: Any = None) -> ModelCo
 
     Args:
         weights: by their official names.
-        settings: the file's `args`, if it has them.
+        settings: the file's `args`, an object or a dict, if it has them.
     """
 
     def shape(key: str) -> torch.Size:
@@ -198,6 +208,8 @@ def infer_config(weights: Mapping[str, Tensor], settings: Any = None) -> ModelCo
     def count(pattern: str) -> int:
         return len({match[1] for key in weights if (match := re.match(pattern, key))})
 
+    if isinstance(settings, Mapping):
+        settings = argparse.Namespace(**settings)
     for name, value in REQUIRED_SETTINGS.items():
         if getattr(settings, name, value) != value:
             raise ValueError(f"it was trained with {name} {getattr(settings, name)!r}, must be {value!r}")

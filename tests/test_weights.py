@@ -335,6 +335,16 @@ def test_official_settings_that_sizes_do_not_tell():
         infer_config(weights, argparse.Namespace(dilation=True))
 
 
+def test_official_weights_of_a_wrapped_model(official_r50, tmp_path):
+    """Saved from `DistributedDataParallel`, the settings as a dict."""
+    weights = torch.load(official_r50, weights_only=False)["model"]
+    wrapped = {f"module.{key}": value for key, value in weights.items()}
+    torch.save({"model": wrapped, "args": {"nheads": 4, "gt_mask_len": 64}}, tmp_path / "wrapped.pth")
+    model = solq.load(tmp_path / "wrapped.pth")
+    assert (model.config.num_heads, model.config.num_points, model.config.mask_size) == (4, 8, 64)
+    assert torch.equal(model.query_embed.weight, weights["query_embed.weight"])
+
+
 def test_official_file_that_does_not_fit(official_r50, tmp_path):
     weights = torch.load(official_r50, weights_only=False)["model"]
     del weights["transformer.reference_points.bias"], weights["class_embed.5.bias"]
@@ -420,6 +430,31 @@ def test_settings_and_weights_that_do_not_fit_each_other(small_model, tmp_path):
     state["model_config"] = {**state["model_config"], "width": 64}
     with pytest.raises(ValueError, match="holds tensors of another shape"):
         solq.load(save_checkpoint(tmp_path, 2, state))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"config": 3},
+        {"ema": 3},
+        {"model_config": 4},
+        {"model_config": {"future": 1}},
+        {"model_config": {"width": -4}},
+        {"model_config": {"num_heads": 0}},
+        {"category_ids": 5},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_model(small_model, tmp_path, entries):
+    """Whatever another program wrote there, the file is named in one line."""
+    if isinstance(entries.get("model_config"), dict):
+        entries = {"model_config": {**vars(small_model.config), **entries["model_config"]}}
+    path = save_checkpoint(tmp_path, 1, training_state(small_model, **entries))
+    with pytest.raises(
+        ValueError, match=r"step_00000001.pt has settings that make no model \(\w+: .*\): use"
+    ) as raised:
+        solq.load(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_coco_names_are_known_by_their_ids():
