@@ -129,7 +129,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     ema = None
     if config.ema_decay > 0:  # buffers are copied: an average of Swin's integer ones would round them down
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=False)
+        ema = AveragedModel(model, use_buffers=False)
     skipped = 0  # damaged images so far
     if state:
         model.load_state_dict(state["model"])
@@ -211,7 +211,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
             scaler.update()
             optimizer.zero_grad()
             if ema:
-                ema.update_parameters(model)
+                update_average(ema, model, config.ema_decay)
             images += config.batch_size
             skipped += sum(part.skipped for part in parts)
 
@@ -226,7 +226,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
             if logs:
                 values = sum_over_processes({"loss": total, **losses}, device)
                 values = {name: value / world_size for name, value in values.items()}
-                values |= sum_over_processes({"skipped_images": skipped}, device)
+                non_finite_costs = criterion.matcher.non_finite_costs
+                values |= sum_over_processes({"skipped_images": skipped, "non_finite_costs": non_finite_costs}, device)
                 values |= {"grad_norm": float(grad_norm), "lr": optimizer.param_groups[-1]["lr"]}
                 values["images_per_second"] = images / (time.perf_counter() - clock)
                 log.write(done, values)
@@ -336,6 +337,15 @@ def lr_factor(step: int, config: TrainConfig, steps: int) -> float:
     """Linear warm-up, then constant, then a tenth."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return warmup * (0.1 if step >= config.lr_drop * steps else 1.0)
+
+
+def update_average(ema: AveragedModel, model: SOLQ, decay: float) -> None:
+    """Its own `update_parameters` copies a counter to the device and waits for that, in every step."""
+    average = get_ema_multi_avg_fn(decay if ema.n_averaged else 0.0)  # the first time a copy
+    average(list(ema.parameters()), list(model.parameters()), ema.n_averaged)
+    for averaged, buffer in zip(ema.module.buffers(), model.buffers(), strict=True):
+        averaged.copy_(buffer)
+    ema.n_averaged += 1
 
 
 def mixed_precision(device: torch.device) -> torch.dtype:

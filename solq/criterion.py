@@ -82,7 +82,7 @@ class SetCriterion(nn.Module):
             and ``loss_dice`` of a separate mask branch.
         """
         if isinstance(targets, list):
-            targets = PackedTargets.pack(targets).to(outputs["pred_logits"].device)
+            targets = PackedTargets.pack(targets).to(outputs["pred_logits"].device, non_blocking=True)
         if num_boxes is None:
             num_boxes = self.count_boxes([targets], outputs["pred_logits"].shape[1])
         layers = [*outputs["aux_outputs"], outputs]

@@ -95,12 +95,19 @@ class HungarianMatcher(nn.Module):
             order of the query.
 
         Raises:
-            ValueError: if there are not as many targets as images, and as `solq.kernels.matching_cost` does.
+            ValueError: if there are not as many targets as images, or not as many labels as boxes of an image; and as
+                `solq.kernels.matching_cost` does.
         """
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         B, Q = logits.shape[:2]
         if len(targets) != B:
             raise ValueError(f"targets has {len(targets)} entries but pred_logits has {B} images")
+        for image, target in enumerate(targets):
+            if len(target["labels"]) != len(target["boxes"]):
+                raise ValueError(
+                    f"targets[{image}] has {len(target['labels'])} labels but {len(target['boxes'])} boxes, "
+                    "must have as many of both"
+                )
         sizes = [len(target["boxes"]) for target in targets]
         offsets = torch.tensor([0, *sizes]).cumsum(0).to(logits.device, non_blocking=True)
         queries = self.match(

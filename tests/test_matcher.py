@@ -131,8 +131,9 @@ def test_errors(device: torch.device) -> None:
     outputs, targets = random_case([2, 1], 5, 3, device)
     with pytest.raises(ValueError, match="targets has 1 entries but pred_logits has 2 images"):
         HungarianMatcher()(outputs, targets[:1])
-    targets[0]["labels"] = targets[0]["labels"][:1]
-    with pytest.raises(ValueError, match=r"target_boxes has shape \(3, 4\), must be \(2, 4\)"):
+    # The sums over the images agree.
+    targets[0]["labels"], targets[1]["labels"] = targets[0]["labels"][:1], targets[0]["labels"]
+    with pytest.raises(ValueError, match=r"targets\[0\] has 1 labels but 2 boxes, must have as many of both"):
         HungarianMatcher()(outputs, targets)
 
 

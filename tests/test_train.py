@@ -117,7 +117,8 @@ def test_what_a_run_leaves(whole: Path, data: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 17))
     losses = {f"loss_{kind}{layer}" for kind in ("ce", "bbox", "giou", "vector") for layer in ("", "_0")}
     for line in lines:
-        assert set(line) == {"step", "loss", "grad_norm", "lr", "skipped_images"} | losses
+        assert set(line) == {"step", "loss", "grad_norm", "lr", "skipped_images", "non_finite_costs"} | losses
+        assert line["non_finite_costs"] == 0
         weighted = sum(line[name] * {"ce": 2, "bbox": 5, "giou": 2}.get(name.split("_")[1], 1) for name in losses)
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
     assert [path.stem for path in checkpoints(whole / "checkpoints")] == ["step_00000016", "step_00000012"]

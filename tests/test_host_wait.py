@@ -1,0 +1,142 @@
+"""No step of a training makes the host wait for the device.
+
+On a GPU PyTorch itself asserts that. Elsewhere the device is "meta": of its tensors nothing can be read, and copies to
+it are seen by a mode.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from solq.config import ModelConfig, TrainConfig
+from solq.data import shapes
+
+REPOSITORY = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "meta")
+
+
+class NoBlockingCopy(TorchDispatchMode):
+    """Fails where the host would wait for a copy from one device to another."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operator(*args, **kwargs)
+        if operator.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[operator.overloadpacket is torch.ops.aten.copy_]
+            non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
+            assert source.device == result.device or non_blocking, f"the host waits for {operator} to {result.device}"
+        return result
+
+
+@contextlib.contextmanager
+def no_host_wait() -> Iterator[None]:
+    if DEVICE.type == "meta":
+        with NoBlockingCopy():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.generate(folder, num_train=8, num_val=1, image_size=64)
+    return folder
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """train.py, stopped after five batches, of which the last four fail where the host waits."""
+    specification = importlib.util.spec_from_file_location("train", REPOSITORY / "train.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    prefetch = module.prefetch
+
+    def watched(*args: Any) -> Generator[Any, None, None]:
+        batches = prefetch(*args)
+        yield next(batches)  # compiles, and copies what is then kept
+        for _ in range(4):
+            batch = next(batches)
+            with no_host_wait():
+                yield batch  # the step
+        raise Finished
+
+    batches: list[Generator[Any, None, None]] = []
+    monkeypatch.setattr(module, "prefetch", lambda *args: batches.append(watched(*args)) or batches[0])
+    if DEVICE.type == "meta":  # which these two do not know
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+        adamw = torch.optim.AdamW
+        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused: adamw(groups))
+    yield module
+    for watch in batches:
+        watch.close()  # a step that failed has left it inside `no_host_wait`
+
+
+class Finished(Exception):
+    """Raised after the steps to be watched."""
+
+
+def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], settings: dict[str, Any]) -> None:
+    small = ModelConfig(
+        backbone="resnet10", backbone_norm="group", width=64, encoder_layers=1, decoder_layers=2, feedforward=64,
+        num_queries=10, num_coefficients=32, mask_size=32, vector_hidden=64,
+    )  # fmt: skip
+    config = TrainConfig(
+        model=replace(small, **model), data=data, output=output, scales=(64,), max_size=64, workers=0, batch_size=2,
+        backbone_weights="none", steps=100, log_every=100,
+    )  # fmt: skip
+    with pytest.raises(Finished):
+        main.train(replace(config, **settings), 0, 1, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({}, {"ema_decay": 0.9}),
+        ({"two_stage": True, "gradient_checkpointing": True}, {"amp": True}),
+        ({"mask_branch": "separate"}, {}),
+        ({"mask_coding": "flat", "num_coefficients": None, "mask_size": 16}, {"batch_size": 4, "accumulate": 2}),
+    ],
+    ids=["average", "two_stage", "separate", "flat"],
+)
+def test_steps_never_wait(
+    model: dict[str, Any], settings: dict[str, Any], data: Path, tmp_path: Path, main: ModuleType
+) -> None:
+    run(main, data, tmp_path / "run", model, settings)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda images: images.sum().item(),
+        lambda images: images[images > 0],
+        lambda images: torch.zeros(()).to(images.device),
+        lambda images: torch.zeros((), device=images.device).copy_(torch.ones(())),
+    ],
+    ids=["item", "mask", "to", "copy"],
+)
+def test_waits_are_seen(
+    wait: Callable[[Tensor], object], data: Path, tmp_path: Path, main: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normalize = main.normalize
+
+    def waiting(images: Tensor, padding_mask: Tensor) -> Tensor:
+        wait(images)
+        return normalize(images, padding_mask)
+
+    monkeypatch.setattr(main, "normalize", waiting)
+    with pytest.raises((RuntimeError, AssertionError)):
+        run(main, data, tmp_path / "run", {}, {})
