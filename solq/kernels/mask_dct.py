@@ -513,7 +513,7 @@ def _as_bytes(masks: Tensor) -> Tensor:
 def _as_pairs(masks: Tensor) -> Tensor:
     """Two bytes in one number of 16 bits."""
     masks = masks.contiguous()
-    return (masks.clone() if masks.storage_offset() % 2 else masks).view(torch.int16)
+    return (masks.clone() if masks.data_ptr() % 2 else masks).view(torch.int16)
 
 
 def _launch_encode(masks: Tensor, num_coefficients: int) -> Tensor:

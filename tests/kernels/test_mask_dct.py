@@ -175,6 +175,8 @@ def test_layouts_and_counts(backend: str, device: torch.device) -> None:
     expected = dct_encode(masks[::2, :, 10:42].contiguous(), 50)
     torch.testing.assert_close(dct_encode(masks[::2, :, 10:42], 50), expected)
     torch.testing.assert_close(dct_encode(masks[::2, :, 10:42].mT.contiguous().mT, 50), expected)
+    unaligned = F.pad(masks[:, :, :32].byte().flatten(), (1, 0))[1:].view(4, 32, 32)
+    torch.testing.assert_close(dct_encode(unaligned, 50), dct_encode(masks[:, :, :32], 50))
     vectors = torch.randn(50, 3, device=device).T
     torch.testing.assert_close(dct_decode(vectors, 16), dct_decode(vectors.contiguous(), 16))
     boxes = torch.zeros(0, 4, device=device)
