@@ -6,14 +6,17 @@ are the models whose attention is such a layer: not RT-DETRv2, D-FINE, DEIMv2, M
 there is `solq.drop_in.transformers`.
 """
 
+import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from torch import Tensor, nn
 
+from solq.drop_in.patching import Versions
 from solq.kernels import ms_deform_attn
 
-KNOWN_TO_WORK = ">=0.17,<0.19"
+KNOWN_TO_WORK = Versions("kernels", "0.15", "0.17")
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -48,19 +51,24 @@ def register() -> None:
     """Map the layer on GPUs and the CPU, for `kernels` and, where installed, for transformers.
 
     Raises:
-        ImportError: if `kernels` is not installed.
+        ImportError: if `kernels` is not installed, or too old.
     """
-    spec = find_spec("kernels")
-    if spec is None or spec.origin is None:  # a folder of that name is no package
-        raise ImportError(f"kernels is not installed: pip install 'kernels{KNOWN_TO_WORK}'")
+    KNOWN_TO_WORK.check()
     from kernels import register_kernel_mapping
 
     this_package = _ThisPackage()
     mapping = {this_package.layer_name: {device: this_package for device in ("cuda", "rocm", "cpu")}}
     register_kernel_mapping(mapping)
-    if find_spec("transformers") is not None:
-        from transformers.integrations import hub_kernels
-        from transformers.utils import is_kernels_available
+    if find_spec("transformers") is None:
+        return
+    from transformers.integrations import hub_kernels
+    from transformers.utils import is_kernels_available
 
-        if is_kernels_available():  # transformers registers its own mapping later, whenever a model asks for kernels
-            hub_kernels.get_kernel_mapping_transformers().update(mapping)
+    if is_kernels_available():  # transformers registers its own mapping later, whenever a model asks for kernels
+        hub_kernels.get_kernel_mapping_transformers().update(mapping)
+    else:
+        warnings.warn(
+            f"transformers {version('transformers')} does not accept kernels {version('kernels')}, so its models keep "
+            "their own attention: install the version that transformers asks for, or use solq.drop_in.transformers",
+            stacklevel=2,
+        )

@@ -3,7 +3,7 @@
 Replaced are what `MultiScaleDeformableAttnFunction.apply` does, wherever the class was imported, and the function for
 CPU tensors in `mmcv.ops.multi_scale_deform_attn`. So `MultiScaleDeformableAttention` needs no compiled operator, and
 where mmcv has none (mmcv-lite), `patch()` makes `mmcv.ops` importable: its other operators then raise an error that
-says so when they are called.
+says so when they are called. mmdetection is imported after the first `patch()`, which that makes possible.
 """
 
 import importlib
@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from solq.drop_in.attention import attention
-from solq.drop_in.patching import Patch, Replacement
+from solq.drop_in.patching import Patch, Replacement, Versions
 from solq.kernels import ms_deform_attn
 
-KNOWN_TO_WORK = ">=2.0,<3"
+KNOWN_TO_WORK = Versions("mmcv", "2.0", "2.2")
 
 
 def apply(
@@ -44,24 +44,29 @@ def replacements(module: ModuleType) -> Iterator[Replacement]:
 
 
 class _NothingCompiled(ModuleType):
-    """In the place of `mmcv._ext`, which mmcv-lite lacks: every operator is an error when it is called."""
+    """In the place of compiled operators that are not there: each is an error when it is called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
 
         def missing(*args: object, **kwargs: object) -> NoReturn:
-            raise RuntimeError(f"mmcv has no compiled operators here, so no {name}: install mmcv instead of mmcv-lite")
+            raise RuntimeError(f"{self.__name__} is not compiled here, so there is no {name}")
 
         return missing
 
 
+def do_without(extension: str) -> None:
+    """Make a package importable whose compiled `extension` is missing."""
+    if find_spec(extension) is None:
+        sys.modules[extension] = module = _NothingCompiled(extension)
+        module.__spec__ = ModuleSpec(extension, None)
+
+
 def _find() -> Iterator[Replacement]:
-    if find_spec("mmcv._ext") is None:
-        sys.modules["mmcv._ext"] = module = _NothingCompiled("mmcv._ext")
-        module.__spec__ = ModuleSpec("mmcv._ext", None)
+    do_without("mmcv._ext")
     yield from replacements(importlib.import_module("mmcv.ops.multi_scale_deform_attn"))
 
 
-_patch = Patch("mmcv", KNOWN_TO_WORK, _find)
+_patch = Patch(KNOWN_TO_WORK, _find)
 patch, unpatch, patched = _patch.patch, _patch.unpatch, _patch.patched

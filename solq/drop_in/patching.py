@@ -9,6 +9,35 @@ from typing import Any, NamedTuple
 _ABSENT = object()
 
 
+class Versions(NamedTuple):
+    """The oldest and the newest version of a package that the tests were run with, as "major.minor"."""
+
+    package: str
+    oldest: str
+    newest: str
+    evidence: str = "is known to work"
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.oldest} to {self.newest} {self.evidence}"
+
+    def check(self) -> None:
+        """Refuse what is missing or too old. What is newer is tried: much of it will be as it was.
+
+        Raises:
+            ImportError: one line that says which versions are known to work.
+        """
+        spec = find_spec(self.package)
+        if spec is None or spec.origin is None:  # a folder of that name is no package
+            raise ImportError(f"{self.package} is not installed: {self}")
+        for distribution in packages_distributions().get(self.package, []):
+            if _release(version(distribution)) < _release(self.oldest):
+                raise ImportError(f"{distribution} {version(distribution)} is too old: {self}")
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(".")[:2])
+
+
 class Replacement(NamedTuple):
     """``owner.name`` is to become `new`; owners are modules and classes."""
 
@@ -29,13 +58,12 @@ class Patch:
     """The replacements in one package.
 
     Args:
-        package: the name it is imported by.
-        known_to_work: the versions, for error messages, as pip would read them.
+        known_to_work: its name and versions.
         find: imports what is needed of the package and yields the replacements.
     """
 
-    def __init__(self, package: str, known_to_work: str, find: Callable[[], Iterator[Replacement]]) -> None:
-        self.package, self.known_to_work, self.find = package, known_to_work, find
+    def __init__(self, known_to_work: Versions, find: Callable[[], Iterator[Replacement]]) -> None:
+        self.known_to_work, self.find = known_to_work, find
         self._applied: list[Replacement] = []
         self._originals: list[object] = []
 
@@ -46,19 +74,15 @@ class Patch:
             The full names of all that is replaced now.
 
         Raises:
-            ImportError: if the package is not installed, or has nothing that could be replaced.
+            ImportError: if the package is not installed, is too old, or has nothing that could be replaced.
         """
         if not self._applied:
-            if find_spec(self.package) is None:
-                raise ImportError(
-                    f"{self.package} is not installed: {self.package}{self.known_to_work} is known to work"
-                )
+            self.known_to_work.check()
             replacements = list(self.find())
             if not replacements:
-                installed = [f"{name} {version(name)}" for name in packages_distributions().get(self.package, [])]
+                package = self.known_to_work.package
                 raise ImportError(
-                    f"{' '.join(installed) or self.package} has no multi-scale deformable attention known here: "
-                    f"{self.package}{self.known_to_work} is known to work"
+                    f"the installed {package} has no multi-scale deformable attention known here: {self.known_to_work}"
                 )
             for owner, name, new in replacements:
                 self._originals.append(vars(owner).get(name, _ABSENT))  # the very object, a staticmethod for example

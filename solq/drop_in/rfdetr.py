@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from solq.drop_in.attention import Shapes, attention
-from solq.drop_in.patching import Patch, Replacement
+from solq.drop_in.patching import Patch, Replacement, Versions
 
-KNOWN_TO_WORK = ">=1.11,<2"
+KNOWN_TO_WORK = Versions("rfdetr", "1.10", "1.11")
 
 
 def _find() -> Iterator[Replacement]:
@@ -38,5 +38,5 @@ def _find() -> Iterator[Replacement]:
     yield Replacement(module, "ms_deform_attn_core_pytorch", ms_deform_attn_core)
 
 
-_patch = Patch("rfdetr", KNOWN_TO_WORK, _find)
+_patch = Patch(KNOWN_TO_WORK, _find)
 patch, unpatch, patched = _patch.patch, _patch.unpatch, _patch.patched

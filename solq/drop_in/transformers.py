@@ -13,6 +13,8 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -23,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from solq.drop_in.attention import Shapes, attention
-from solq.drop_in.patching import Patch, Replacement
+from solq.drop_in.patching import Patch, Replacement, Versions
 from solq.kernels import linear_assignment, matching_cost, ms_deform_attn
 from solq.kernels.matching_cost import ClassCost
 
-KNOWN_TO_WORK = ">=5.23,<6"
+KNOWN_TO_WORK = Versions("transformers", "4.57", "5.23")
 HELD = "ms_deformable_attn_core"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +68,12 @@ def _attention_v2(
         attention_weights: (B, Q, M, ΣP).
         num_points_list: L numbers of points, which may differ.
         method: "default" (bilinear) or "discrete" (the nearest pixel inside, without a gradient to the location).
+
+    Returns:
+        (B, Q, M·D), of the widest dtype of the three tensors: under autocast one of them may be in half precision, and
+        D-FINE, which has no projection after this, goes on in float32.
     """
+    dtype = reduce(torch.promote_types, (t.dtype for t in (value, sampling_locations, attention_weights)))
     if method == "discrete":
         sampling_locations = _pixel_centres(sampling_locations, value_spatial_shapes, num_points_list)
     elif method != "default":
@@ -86,7 +93,7 @@ def _attention_v2(
         weights = torch.stack(
             [F.pad(level, (0, P - level.shape[-1])) for level in attention_weights.split(num_points_list, -1)], dim=3
         )
-    return attention(value, value_spatial_shapes, locations, weights)
+    return attention(value, value_spatial_shapes, locations, weights).to(dtype)
 
 
 def _pixel_centres(locations: Tensor, shapes: Shapes, num_points_list: list[int]) -> Tensor:
@@ -214,8 +221,8 @@ def _find() -> Iterator[Replacement]:
             if new is None:
                 warnings.warn(
                     f"{module.__name__} is left unpatched, its {name}({', '.join(parameters)}) is not known: "
-                    f"transformers{KNOWN_TO_WORK} is known to work",
-                    stacklevel=4,
+                    f"{KNOWN_TO_WORK}",
+                    stacklevel=3,
                 )
             elif holders:
                 for holder in holders:
@@ -224,9 +231,10 @@ def _find() -> Iterator[Replacement]:
                 yield Replacement(owner, name, new)
     for name, match in _MATCHERS.items():
         module_name, class_name = name.split(".")
-        matcher = getattr(importlib.import_module(f"transformers.loss.{module_name}"), class_name)
-        yield Replacement(matcher, "forward", match)
+        if find_spec(f"transformers.loss.{module_name}"):  # not every version has LW-DETR
+            matcher = getattr(importlib.import_module(f"transformers.loss.{module_name}"), class_name)
+            yield Replacement(matcher, "forward", match)
 
 
-_patch = Patch("transformers", KNOWN_TO_WORK, _find)
+_patch = Patch(KNOWN_TO_WORK, _find)
 patch, unpatch, patched = _patch.patch, _patch.unpatch, _patch.patched

@@ -11,14 +11,16 @@ import torch
 
 INSTALLED = "kernels" in packages_distributions()  # its specification would be found in the folder tests/kernels, too
 needs_kernels = pytest.mark.skipif(not INSTALLED, reason="kernels is not installed: pip install kernels")
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
-# In a process of its own: transformers decides at import whether it uses `kernels`. The bounds it sets for its version
-# are set aside, to run with the version that is installed.
+# In a process of its own: transformers decides at import whether it uses `kernels`. Where it would not, for the bounds
+# that it sets for its version, they are set aside, to run with the version that is installed.
 KERNELIZED = """
 import transformers.utils.import_utils as import_utils
-import_utils.is_kernels_available = lambda *bounds: True
-import transformers.utils
-transformers.utils.is_kernels_available = import_utils.is_kernels_available
+if not import_utils.is_kernels_available():
+    import_utils.is_kernels_available = lambda *bounds: True
+    import transformers.utils
+    transformers.utils.is_kernels_available = import_utils.is_kernels_available
 import torch
 import tiny_models
 from solq.drop_in import hub_kernels
@@ -40,7 +42,7 @@ print("kernelized")
 
 
 @needs_kernels
-@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+@needs_transformers
 def test_a_model_of_transformers_takes_the_layer_from_here() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", KERNELIZED], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
@@ -49,7 +51,21 @@ def test_a_model_of_transformers_takes_the_layer_from_here() -> None:
 
 
 @needs_kernels
-def test_kernelize_takes_the_layer_from_here() -> None:
+@needs_transformers
+def test_transformers_that_does_not_accept_the_version_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from solq.drop_in import hub_kernels
+
+    monkeypatch.setattr("transformers.utils.is_kernels_available", lambda: False)
+    with pytest.warns(
+        UserWarning, match=r"^transformers \S+ does not accept kernels \S+, so its models keep their own"
+    ):
+        hub_kernels.register()
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:transformers .* does not accept kernels:UserWarning")
+@pytest.mark.parametrize("mode", ["TRAINING", "INFERENCE"])
+def test_kernelize_takes_the_layer_from_here(mode: str) -> None:
     import kernels
 
     from solq.drop_in import hub_kernels
@@ -60,7 +76,7 @@ def test_kernelize_takes_the_layer_from_here() -> None:
             raise AssertionError("its own forward was called")
 
     hub_kernels.register()
-    model = kernels.kernelize(torch.nn.Sequential(Attention()), mode=kernels.Mode.TRAINING, device="cpu")
+    model = kernels.kernelize(torch.nn.Sequential(Attention()), mode=kernels.Mode[mode], device="cpu")
     value = torch.rand(1, 6, 2, 4, requires_grad=True)
     shapes, starts = torch.tensor([(2, 3)]), torch.tensor([0])
     output = model[0](value, shapes, [(2, 3)], starts, torch.rand(1, 5, 2, 1, 3, 2), torch.rand(1, 5, 2, 1, 3), 64)
@@ -73,5 +89,5 @@ def test_kernelize_takes_the_layer_from_here() -> None:
 def test_without_kernels() -> None:
     from solq.drop_in import hub_kernels
 
-    with pytest.raises(ImportError, match=r"kernels is not installed: pip install 'kernels>=0.17,<0.19'"):
+    with pytest.raises(ImportError, match=r"^kernels is not installed: kernels 0\.15 to 0\.17 is known to work$"):
         hub_kernels.register()

@@ -11,6 +11,9 @@ LABELS = [
     {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]])},
 ]
 
+# transformers 5.0 and older have one by default
+NO_TIMM_BACKBONE = {"backbone": None, "use_timm_backbone": False, "use_pretrained_backbone": False}
+
 
 def resnet(config_class: Any) -> Any:
     return config_class(
@@ -69,6 +72,7 @@ def images_and_words() -> dict[str, Any]:
 
 def deformable_detr() -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.DeformableDetrConfig(
+        **NO_TIMM_BACKBONE,
         backbone_config=resnet(transformers.ResNetConfig),
         d_model=32,
         num_queries=8,
@@ -82,6 +86,12 @@ def deformable_detr() -> tuple[nn.Module, dict[str, Any]]:
         dropout=0.0,
     )
     return transformers.DeformableDetrForObjectDetection(config), images_and_labels()
+
+
+def deformable_detr_two_stage() -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = deformable_detr()
+    refined = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 8}
+    return type(model)(type(model.config)(**model.config.to_dict() | refined)), inputs
 
 
 def rt_detr() -> tuple[nn.Module, dict[str, Any]]:
@@ -252,6 +262,7 @@ def omdet_turbo() -> tuple[nn.Module, dict[str, Any]]:
         max_position_embeddings=8,
     )
     config = transformers.OmDetTurboConfig(
+        **NO_TIMM_BACKBONE,
         text_config=text,
         backbone_config=swin("stage2", "stage3", "stage4"),
         apply_layernorm_after_vision_backbone=False,
@@ -285,6 +296,7 @@ def omdet_turbo() -> tuple[nn.Module, dict[str, Any]]:
 
 MODELS = (
     deformable_detr,
+    deformable_detr_two_stage,
     rt_detr,
     rt_detr_v2,
     rt_detr_v2_discrete,
@@ -303,4 +315,13 @@ MODELS = (
 )
 
 # These make constants in float32 whatever their own dtype.
-IN_FLOAT32 = (deformable_detr, rt_detr, rt_detr_v2, rt_detr_v2_discrete, d_fine, deimv2, omdet_turbo)
+IN_FLOAT32 = (
+    deformable_detr,
+    deformable_detr_two_stage,
+    rt_detr,
+    rt_detr_v2,
+    rt_detr_v2_discrete,
+    d_fine,
+    deimv2,
+    omdet_turbo,
+)
