@@ -719,13 +719,15 @@ _dct_decode.register_autograd(
 
 
 def _check_size(size: int, name: str = "size") -> None:
-    if size % 16 or not 16 <= size <= 256:
+    if isinstance(size, float) or size % 16 or not 16 <= size <= 256:
         raise ValueError(f"{name} is {size}, must be a multiple of 16 from 16 to 256")
 
 
 def _check_count(num_coefficients: int, size: int, name: str = "num_coefficients") -> None:
-    if not 1 <= num_coefficients <= size * size:
-        raise ValueError(f"{name} is {num_coefficients}, must be in 1..{size * size} for masks of {size} × {size}")
+    if isinstance(num_coefficients, float) or not 1 <= num_coefficients <= size * size:
+        raise ValueError(
+            f"{name} is {num_coefficients}, must be a whole number in 1..{size * size} for masks of {size} × {size}"
+        )
 
 
 def _check_masks(masks: Tensor, shape: str) -> None:
@@ -764,8 +766,8 @@ def _check_paste(masks: Tensor, boxes: Tensor) -> None:
 
 
 def _check_image_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise ValueError(f"image_size is {tuple(image_size)}, must be (H, W), both at least 1")
+    if len(image_size) != 2 or min(image_size) < 1 or any(isinstance(side, float) for side in image_size):
+        raise ValueError(f"image_size is {tuple(image_size)}, must be (H, W), whole numbers from 1 on")
     return image_size[0], image_size[1]
 
 
