@@ -1,4 +1,4 @@
-"""No step of a training makes the host wait for the device.
+"""Neither a step of a training nor the matcher by itself makes the host wait for the device.
 
 On a GPU PyTorch itself asserts that. Elsewhere the device is "meta": of its tensors nothing can be read, and copies to
 it are seen by a mode.
@@ -18,7 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from solq.config import ModelConfig, TrainConfig
+from solq.criterion import SetCriterion
 from solq.data import shapes
+from solq.kernels.matching_cost import ClassCost
+from solq.matcher import HungarianMatcher
+from solq.models.mask_coding import DCTCoding
 
 REPOSITORY = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "meta")
@@ -140,3 +144,44 @@ def test_waits_are_seen(
     monkeypatch.setattr(main, "normalize", waiting)
     with pytest.raises((RuntimeError, AssertionError)):
         run(main, data, tmp_path / "run", {}, {})
+
+
+@pytest.mark.parametrize("class_cost", ["focal", "softmax"])
+def test_matcher_never_waits(class_cost: ClassCost) -> None:
+    """As another codebase calls it, with everything on the device."""
+    outputs = {"pred_logits": torch.zeros(3, 6, 4, device=DEVICE), "pred_boxes": torch.ones(3, 6, 4, device=DEVICE)}
+    targets = [
+        {"labels": torch.zeros(n, device=DEVICE, dtype=torch.int64), "boxes": torch.ones(n, 4, device=DEVICE)}
+        for n in (2, 0, 9)
+    ]
+    matcher = HungarianMatcher(class_cost=class_cost)
+    matcher(outputs, targets)
+    with no_host_wait():
+        matches = matcher(outputs, targets)
+    assert [len(query) for query, _ in matches] == [2, 0, 6]
+
+
+def test_losses_of_a_list_of_targets_never_wait() -> None:
+    layers = [
+        {
+            "pred_logits": torch.zeros(2, 6, 4, device=DEVICE, requires_grad=True),
+            "pred_boxes": torch.full((2, 6, 4), 0.5, device=DEVICE, requires_grad=True),
+            "pred_vectors": torch.zeros(2, 6, 12, device=DEVICE, requires_grad=True),
+        }
+        for _ in range(2)
+    ]
+    targets = [
+        {
+            "labels": torch.zeros(n, device=DEVICE, dtype=torch.int64),
+            "boxes": torch.full((n, 4), 0.5, device=DEVICE),
+            "masks": torch.ones(n, 16, 16, device=DEVICE, dtype=torch.uint8),
+            "image_id": 7,
+            "orig_size": (32, 32),
+            "size": (32, 32),
+        }
+        for n in (3, 0)
+    ]
+    criterion = SetCriterion(HungarianMatcher(), DCTCoding(12, 16), decoder_layers=2)
+    for step in range(2):
+        with no_host_wait() if step else contextlib.nullcontext():
+            criterion.total(criterion({**layers[0], "aux_outputs": layers[1:]}, targets)).backward()
