@@ -374,7 +374,7 @@ square, boxes_of_two = torch.zeros(2, 16, 16), torch.zeros(2, 4)
         (lambda: dct_encode(torch.zeros(2, 20, 20)), "the side of masks is 20, must be a multiple of 16"),
         (lambda: dct_encode(torch.zeros(2, 272, 272)), "from 16 to 256"),
         (lambda: dct_encode(square.long()), "masks is torch.int64, must be bool, uint8 or floating-point"),
-        (lambda: dct_decode(torch.zeros(2, 300), 16), "the length of coefficients is 300, must be a whole number in 1..256"),
+        (lambda: dct_decode(torch.zeros(2, 300), 16), "the length of coefficients is 300, must be a whole"),
         (lambda: dct_decode(torch.zeros(2, 9), 100), "size is 100, must be a multiple of 16"),
         (lambda: dct_decode(torch.zeros(9), 16), r"coefficients has shape \(9,\), must be \(K, n\)"),
         (lambda: dct_decode(torch.zeros(2, 9).int(), 16), "coefficients is torch.int32"),
