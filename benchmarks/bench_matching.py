@@ -155,6 +155,9 @@ def run(benchmark, call: Callable[[], object]) -> None:
 
     with use_backend(BACKEND):
         timed()  # compiles
+        start = time.perf_counter()
+        timed()
+        rounds = int(0.3 / (time.perf_counter() - start))  # so many seconds, but no less than 3 rounds
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -167,7 +170,7 @@ def run(benchmark, call: Callable[[], object]) -> None:
                 torch.cuda.set_sync_debug_mode("default")
             benchmark.extra_info["synchronisations"] = sum("synchroniz" in str(w.message) for w in caught)
             benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        benchmark.pedantic(timed, rounds=50 if DEVICE.type == "cuda" else 7, warmup_rounds=2)
+        benchmark.pedantic(timed, rounds=min(max(rounds, 3), 50))
 
 
 batches = pytest.mark.parametrize(

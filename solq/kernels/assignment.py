@@ -34,7 +34,13 @@ import triton.language as tl
 from torch import Tensor
 
 from solq.kernels import reference
-from solq.kernels.matching_cost import check_floating, check_offset_values, check_offsets, values_are_known
+from solq.kernels.matching_cost import (
+    check_floating,
+    check_offset_values,
+    check_offsets,
+    check_tensors,
+    values_are_known,
+)
 from solq.kernels.runtime import LAUNCH_OPTIONS, backend_for
 
 THREADS_FROM = 100_000  # costs; SciPy takes a microsecond or two for 300 of them, a thread 50 to start
@@ -228,8 +234,8 @@ def linear_assignment(
     A NaN or infinite cost counts as worse than every finite one: as few of them as possible are used. On a GPU the
     host does not wait, neither for the result nor for the number of such costs.
 
-    On a GPU Triton solves; ``use_backend("reference")`` makes it SciPy, with one copy of all layers to the host and a
-    thread per layer. From which number of targets per image SciPy is faster is not measured yet.
+    On a GPU the kernel solves; ``use_backend("reference")`` makes it SciPy, with one copy of all layers to the host. Why
+    the kernel is the choice for every size is said at the top of this file.
 
     Args:
         cost: (L, T, Q), float16, bfloat16, float32 or float64. Of float64, 1e290 and more counts as infinite.
@@ -241,14 +247,14 @@ def linear_assignment(
         With `return_non_finite` also (L, T) int64.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit; if offsets do not go from 0 to T without decreasing (on a GPU this
-            is seen only with the environment variable SOLQ_DEBUG=1, which makes the host wait).
+        TypeError: if an argument is not a tensor.
+        ValueError: if shapes, dtypes or devices do not fit; if offsets do not go from 0 to T without decreasing (on a
+            GPU this is seen only with the environment variable SOLQ_DEBUG=1, which makes the host wait).
     """
+    check_tensors(cost=cost, target_offsets=target_offsets)
     if cost.ndim != 3:
         raise ValueError(f"cost has shape {tuple(cost.shape)}, must be (L, T, Q)")
     check_floating("cost", cost)
-    if target_offsets.device != cost.device:
-        raise ValueError(f"target_offsets is on {target_offsets.device} but cost on {cost.device}: move them together")
     check_offsets(target_offsets)
     assignment, non_finite = _linear_assignment(cost.detach(), target_offsets, backend_for(cost))
     return (assignment, non_finite) if return_non_finite else assignment

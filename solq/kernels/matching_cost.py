@@ -141,6 +141,18 @@ def values_are_known(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or CHECK_ON_DEVICE
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise unless all are tensors on the device of the first."""
+    first = next(iter(tensors))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, must be a tensor")
+        if tensor.device != tensors[first].device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first} on {tensors[first].device}: move them to one device"
+            )
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise unless `tensor` has a dtype that the kernels compute with."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -252,6 +264,13 @@ def _check(
 ) -> None:
     if class_cost not in ("focal", "softmax"):
         raise ValueError(f"class_cost is {class_cost!r}, must be 'focal' or 'softmax'")
+    check_tensors(
+        logits=logits,
+        boxes=boxes,
+        target_labels=target_labels,
+        target_boxes=target_boxes,
+        target_offsets=target_offsets,
+    )
     if logits.ndim != 4:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, must be (L, B, Q, C)")
     L, B, Q, C = logits.shape
@@ -268,14 +287,6 @@ def _check(
         check_floating(name, tensor)
     if target_labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"target_labels is {target_labels.dtype}, must be int64 or int32")
-    for name, tensor in (
-        ("boxes", boxes),
-        ("target_labels", target_labels),
-        ("target_boxes", target_boxes),
-        ("target_offsets", target_offsets),
-    ):
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} but logits on {logits.device}: move them to one device")
     check_offsets(target_offsets)
     if target_offsets.shape[0] != B + 1:
         raise ValueError(f"target_offsets has {target_offsets.shape[0]} entries, must have {B + 1} for {B} images")
@@ -311,6 +322,7 @@ def matching_cost(
         (L, T, Q) float32. NaN and infinite predictions have NaN or infinite costs.
 
     Raises:
+        TypeError: if an argument is not a tensor.
         ValueError: if shapes, dtypes or devices do not fit; if labels are outside the classes or offsets do not go
             from 0 to T without decreasing. On a GPU the last two are seen only with the environment variable
             SOLQ_DEBUG=1, which makes the host wait.

@@ -209,6 +209,13 @@ def test_errors(cost: Tensor, offsets: list, message: str, backend: str, monkeyp
     assert "\n" not in str(error.value)
 
 
+def test_tensors_on_one_device() -> None:
+    with pytest.raises(ValueError, match=f"target_offsets is on meta but cost on {DEVICE.type}.*: move them to one"):
+        linear_assignment(random_cost(1, [2], 3), offsets_of([2]).to("meta"))
+    with pytest.raises(TypeError, match="cost is a ndarray, must be a tensor"):
+        linear_assignment(np.zeros((1, 2, 3)), offsets_of([2]))
+
+
 @pytest.mark.gpu
 def test_wrong_offsets_on_the_device_stay_inside_the_tensors() -> None:
     cost = random_cost(2, [5], 4)

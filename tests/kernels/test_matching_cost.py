@@ -241,6 +241,16 @@ def test_errors(position: int, replace, message: str, backend: str, device: torc
     assert "\n" not in str(error.value)
 
 
+def test_tensors_on_one_device(device: torch.device) -> None:
+    case = list(random_case(1, [2], 3, 2, device))
+    with pytest.raises(
+        ValueError, match=f"target_boxes is on meta but logits on {device.type}.*: move them to one device"
+    ):
+        matching_cost(*case[:3], case[3].to("meta"), case[4])
+    with pytest.raises(TypeError, match="target_offsets is a list, must be a tensor"):
+        matching_cost(*case[:4], [0, 2])
+
+
 def test_unknown_class_cost(device: torch.device) -> None:
     with pytest.raises(ValueError, match="class_cost is 'l2', must be 'focal' or 'softmax'"):
         matching_cost(*random_case(1, [1], 2, 2, device), class_cost="l2")
