@@ -234,8 +234,8 @@ def linear_assignment(
     A NaN or infinite cost counts as worse than every finite one: as few of them as possible are used. On a GPU the
     host does not wait, neither for the result nor for the number of such costs.
 
-    On a GPU the kernel solves; ``use_backend("reference")`` makes it SciPy, with one copy of all layers to the host. Why
-    the kernel is the choice for every size is said at the top of this file.
+    On a GPU the kernel solves; ``use_backend("reference")`` makes it SciPy, with one copy of all layers to the host.
+    Why the kernel is the choice for every size is said at the top of this file.
 
     Args:
         cost: (L, T, Q), float16, bfloat16, float32 or float64. Of float64, 1e290 and more counts as infinite.
@@ -255,7 +255,7 @@ def linear_assignment(
     if cost.ndim != 3:
         raise ValueError(f"cost has shape {tuple(cost.shape)}, must be (L, T, Q)")
     check_floating("cost", cost)
-    check_offsets(target_offsets)
+    check_offsets(target_offsets, cost.shape[1])
     assignment, non_finite = _linear_assignment(cost.detach(), target_offsets, backend_for(cost))
     return (assignment, non_finite) if return_non_finite else assignment
 

@@ -159,8 +159,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}, must be float16, bfloat16, float32 or float64")
 
 
-def check_offsets(target_offsets: Tensor) -> None:
-    """Raise unless `target_offsets` can be (B+1,) integers."""
+def check_offsets(target_offsets: Tensor, num_targets: int) -> None:
+    """Raise unless `target_offsets` can be (B+1,) integers of so many targets, as far as the host can know."""
     if (
         target_offsets.ndim != 1
         or target_offsets.shape[0] == 0
@@ -170,6 +170,8 @@ def check_offsets(target_offsets: Tensor) -> None:
             f"target_offsets is {target_offsets.dtype} of shape {tuple(target_offsets.shape)}, "
             "must be int64 or int32 of shape (B+1,)"
         )
+    if target_offsets.shape[0] == 1 and num_targets > 0:
+        raise ValueError(f"target_offsets has 1 entry, that is no image, but there are {num_targets} targets")
 
 
 def check_offset_values(target_offsets: Tensor, num_targets: int) -> None:
@@ -287,9 +289,9 @@ def _check(
         check_floating(name, tensor)
     if target_labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"target_labels is {target_labels.dtype}, must be int64 or int32")
-    check_offsets(target_offsets)
-    if target_offsets.shape[0] != B + 1:
+    if target_offsets.ndim == 1 and target_offsets.shape[0] != B + 1:
         raise ValueError(f"target_offsets has {target_offsets.shape[0]} entries, must have {B + 1} for {B} images")
+    check_offsets(target_offsets, T)
 
 
 def matching_cost(

@@ -198,6 +198,7 @@ def test_does_not_change_its_input(backend: str) -> None:
         (torch.zeros(1, 3, 4).to(torch.float8_e4m3fn), [0, 3], "cost is torch.float8_e4m3fn, must be float16"),
         (torch.zeros(1, 3, 4), [0.0, 3.0], r"target_offsets is torch.float32 of shape \(2,\), must be int64 or int32"),
         (torch.zeros(1, 3, 4), [[0, 3]], r"target_offsets is torch.int64 of shape \(1, 2\)"),
+        (torch.zeros(1, 3, 4), [0], "target_offsets has 1 entry, that is no image, but there are 3 targets"),
         (torch.zeros(1, 3, 4), [0, 2], "target_offsets goes from 0 to 2, must go from 0 to the 3 targets"),
         (torch.zeros(1, 3, 4), [0, 4, 3], "target_offsets must not decrease, but has 3 after 4"),
     ],
