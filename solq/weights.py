@@ -71,7 +71,7 @@ def load(path: str | Path) -> SOLQ:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file{': name a file in this folder' if path.is_dir() else ''}")
+        raise FileNotFoundError(f"{path} is a folder: name a file in it" if path.is_dir() else f"{path}: no such file")
     file = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     try:
         model = _build(file if path.suffix == ".safetensors" else _entries(file))
@@ -144,7 +144,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path} is refused: {why}, and no file may run code; nothing was run. Ask for the weights as .safetensors"
         ) from error
     except Exception as error:  # readers of zip files and of tensors each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if " " in str(error) else repr(error)
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from error
 
 

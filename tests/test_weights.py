@@ -396,6 +396,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, kind):
 def test_what_is_no_checkpoint(tmp_path, small_model):
     cases: dict[str, tuple[bytes, str]] = {
         "text.pth": (b"this is no checkpoint", "damaged or not a checkpoint"),
+        "hello.pth": (b"hello\n", r"damaged or not a checkpoint \(KeyError\(101\)\)"),
         "empty.pth": (b"", "damaged or not a checkpoint"),
         "text.safetensors": (b"this is no checkpoint", "damaged or not a safetensors file"),
     }
@@ -411,7 +412,7 @@ def test_what_is_no_checkpoint(tmp_path, small_model):
         solq.load(tmp_path / "half.safetensors")
     with pytest.raises(FileNotFoundError, match="no such file"):
         solq.load(tmp_path / "missing.pth")
-    with pytest.raises(FileNotFoundError, match="name a file in this folder"):
+    with pytest.raises(FileNotFoundError, match="is a folder: name a file in it"):
         solq.load(tmp_path)
     torch.save([1, 2, 3], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no weights of a model"):
