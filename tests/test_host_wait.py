@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from solq.config import ModelConfig, TrainConfig
 from solq.criterion import SetCriterion
@@ -29,7 +30,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "meta")
 
 
 class NoBlockingCopy(TorchDispatchMode):
-    """Fails where the host would wait for a copy from one device to another."""
+    """Fails where the host would wait for a copy to another device, be it one that an operator makes by itself."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -38,6 +39,9 @@ class NoBlockingCopy(TorchDispatchMode):
             source = args[operator.overloadpacket is torch.ops.aten.copy_]
             non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
             assert source.device == result.device or non_blocking, f"the host waits for {operator} to {result.device}"
+        else:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim > 0]
+            assert len({x.device for x in tensors}) <= 1, f"the host waits for an argument of {operator}"
         return result
 
 
@@ -109,12 +113,16 @@ def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], setti
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        ({}, {"ema_decay": 0.9}),
-        ({"two_stage": True, "gradient_checkpointing": True}, {"amp": True}),
-        ({"mask_branch": "separate"}, {}),
-        ({"mask_coding": "flat", "num_coefficients": None, "mask_size": 16}, {"batch_size": 4, "accumulate": 2}),
+        pytest.param({}, {"ema_decay": 0.9}, id="average"),
+        pytest.param({"two_stage": True, "gradient_checkpointing": True}, {"amp": True}, id="two_stage"),
+        pytest.param({"mask_branch": "separate"}, {}, id="separate"),
+        pytest.param(
+            {"mask_coding": "flat", "num_coefficients": None, "mask_size": 16},
+            {"batch_size": 4, "accumulate": 2},
+            id="flat",
+        ),
+        pytest.param({}, {"amp": True, "compile": True, "ema_decay": 0.9}, id="compiled", marks=pytest.mark.gpu),
     ],
-    ids=["average", "two_stage", "separate", "flat"],
 )
 def test_steps_never_wait(
     model: dict[str, Any], settings: dict[str, Any], data: Path, tmp_path: Path, main: ModuleType
@@ -129,8 +137,9 @@ def test_steps_never_wait(
         lambda images: images[images > 0],
         lambda images: torch.zeros(()).to(images.device),
         lambda images: torch.zeros((), device=images.device).copy_(torch.ones(())),
+        lambda images: images[torch.zeros(1, dtype=torch.int64)],
     ],
-    ids=["item", "mask", "to", "copy"],
+    ids=["item", "mask", "to", "copy", "index"],
 )
 def test_waits_are_seen(
     wait: Callable[[Tensor], object], data: Path, tmp_path: Path, main: ModuleType, monkeypatch: pytest.MonkeyPatch
