@@ -139,7 +139,7 @@ def ms_deform_attn_fused(
 # Mask codec (SOLQ, section 3.2, mask compression coding)
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHUNK = 64  # masks at a time: as floats they stay in the processor's cache
+CHUNK = 128  # masks at a time: what is computed of them stays in the processor's cache
 
 
 def kept_rows(size: int, num_coefficients: int) -> int:
