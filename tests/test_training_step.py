@@ -15,9 +15,21 @@ from solq.matcher import HungarianMatcher
 from solq.models.solq import SOLQ
 
 CONFIG = ModelConfig(
-    backbone="resnet10", backbone_norm="group", num_classes=5, width=64, num_heads=2, encoder_layers=1,
-    decoder_layers=2, feedforward=64, dropout=0.0, num_queries=7, num_points=2, num_coefficients=20, mask_size=16, vector_hidden=48,
-)  # fmt: skip
+    backbone="resnet10",
+    backbone_norm="group",
+    num_classes=5,
+    width=64,
+    num_heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward=64,
+    dropout=0.0,
+    num_queries=7,
+    num_points=2,
+    num_coefficients=20,
+    mask_size=16,
+    vector_hidden=48,
+)
 
 
 def train(
