@@ -8,15 +8,22 @@ reference points, and centre + offset · size / 2P for reference boxes; neither 
 
 How the kernels work
     A program serves a tile of neighbouring queries of one head of one image: their samples lie close together, so most
-    of the 4·L·P rows of D channels that each query reads are found in L1. A row is read in blocks of channels, each a
-    power of two, so D = 48 is several blocks and no lane is idle. Per sample, a lane computes addresses and weights of
-    the four corners once, and uses them for one 16-byte load per corner and block. Corners outside get the weight zero
-    and an index inside, which costs two instructions and no branch. Two half-precision channels are read as one 32-bit
-    word: two bfloat16 become float32 by one shift and one mask, and even and odd channels are separate float32 tiles,
-    so that loads are 16 bytes per lane and so are the reductions of the backward pass, without exchange between lanes.
-    The backward pass reads the same rows again instead of keeping anything, and adds to the gradient of `value` by
-    vectorised reductions in float32 (float64 for float64); a half-precision gradient is rounded once, at the end,
-    which costs 10 bytes of traffic per element of `value` (clear, read, write) and spares half the digits.
+    of the 4·L·P rows of D channels that each query reads are found in L1. The lanes of a warp are dealt out in order,
+    LANES to a query; a lane reads 16 bytes of a row, so that a query's lanes read it all at once. What does not fit in
+    a power of two is a second, narrower block: D = 48 is 32 + 16 channels and no lane is idle. Per sample, every lane
+    computes the position and the four weights for itself, in one-dimensional tiles, which all Triton versions lay out
+    alike; nothing in the loop over the points goes through shared memory, and there are no barriers in it.
+    Of the two pixels along an axis the lower one is moved inside first, and hat functions give the weights: of what is
+    outside they are zero. So no index is out of bounds, nothing is compared or masked per corner, and the rows of the
+    other three corners follow from the first by two additions. The softmax is in powers of two: one multiply-add.
+    Two half-precision channels are read as one 32-bit word: two bfloat16 become float32 by one shift and one mask, and
+    even and odd channels are separate float32 tiles, so that loads are 16 bytes per lane and so are the reductions of
+    the backward pass, without exchange between lanes.
+    The backward pass reads the same rows again instead of keeping anything. Each lane makes its part of the gradients
+    to x, y and weight before the lanes are summed, three sums per sample, and all that before the sample's reductions
+    to value's gradient, which need few registers. Those are vectorised, in float32 (float64 for float64), and skipped
+    where a weight is zero; a half-precision gradient is rounded once, at the end, which costs 10 bytes of traffic per
+    element of `value` (clear, read, write) and spares half the digits.
     The sum Σ p·∂p in the softmax's gradient is output · ∂output, so that gradient needs no second pass.
 
 Determinism
@@ -41,6 +48,8 @@ from solq.kernels.runtime import LAUNCH_OPTIONS, architecture, backend_for, requ
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 LevelStartIndex = Tensor | Sequence[int]
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels. In the plain form REFERENCE is 0, `coordinates` are sampling locations and `weights` attention weights. In
 # the fused form it is the number of coordinates of a reference point, 2 or 4, and the two are offsets and logits.
@@ -48,18 +57,18 @@ LevelStartIndex = Tensor | Sequence[int]
 
 
 @triton.jit
-def _load_pairs(ptr, index, mask):
+def _load_pairs(ptr, index):
     """x and y of the pairs number `index`, read in one load where a pair has at most 8 bytes."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     if dtype.primitive_bitwidth == 64:
-        x = tl.load(ptr + 2 * index, mask=mask, other=0.0)
-        y = tl.load(ptr + 2 * index + 1, mask=mask, other=0.0)
+        x = tl.load(ptr + 2 * index)
+        y = tl.load(ptr + 2 * index + 1)
     elif dtype.primitive_bitwidth == 32:
-        pair = tl.load(ptr.to(tl.pointer_type(tl.int64)) + index, mask=mask, other=0)
+        pair = tl.load(ptr.to(tl.pointer_type(tl.int64)) + index)
         x = pair.to(tl.int32).to(dtype, bitcast=True)
         y = (pair >> 32).to(tl.int32).to(dtype, bitcast=True)
     else:
-        pair = tl.load(ptr.to(tl.pointer_type(tl.int32)) + index, mask=mask, other=0)
+        pair = tl.load(ptr.to(tl.pointer_type(tl.int32)) + index)
         x = pair.to(tl.int16).to(dtype, bitcast=True)
         y = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
     return x, y
@@ -86,7 +95,7 @@ def _store_pairs(ptr, index, x, y, mask):
 
 @triton.jit
 def _level(
-    shapes_ptr, starts_ptr, reference_ptr, query, in_queries, level,
+    shapes_ptr, starts_ptr, reference_ptr, query, level,
     L: tl.constexpr, P: tl.constexpr, REFERENCE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Size and first row of a level, and the scales and shifts that make pixel positions of its coordinates."""
@@ -98,12 +107,12 @@ def _level(
     shift_x = tl.zeros_like(query).to(COMPUTE) - 0.5
     shift_y = shift_x
     if REFERENCE > 0:
-        point_ptr = reference_ptr + (query * L + level) * REFERENCE
-        shift_x += tl.load(point_ptr, mask=in_queries, other=0.0).to(COMPUTE) * scale_x
-        shift_y += tl.load(point_ptr + 1, mask=in_queries, other=0.0).to(COMPUTE) * scale_y
+        point_ptr = reference_ptr + level * REFERENCE + query * (L * REFERENCE)
+        shift_x += tl.load(point_ptr).to(COMPUTE) * scale_x
+        shift_y += tl.load(point_ptr + 1).to(COMPUTE) * scale_y
         if REFERENCE == 4:
-            scale_x *= tl.load(point_ptr + 2, mask=in_queries, other=0.0).to(COMPUTE) * (0.5 / P)
-            scale_y *= tl.load(point_ptr + 3, mask=in_queries, other=0.0).to(COMPUTE) * (0.5 / P)
+            scale_x *= tl.load(point_ptr + 2).to(COMPUTE) * (0.5 / P)
+            scale_y *= tl.load(point_ptr + 3).to(COMPUTE) * (0.5 / P)
         else:
             scale_x = tl.full(query.shape, 1.0, COMPUTE)
             scale_y = scale_x
@@ -112,26 +121,39 @@ def _level(
 
 @triton.jit
 def _corners(position, size):
-    """Index and weight of the pixels below and above `position` along an axis, and whether each counts.
+    """Along an axis: the lower of two neighbouring pixels, the distance of `position` from it, and both weights.
 
-    The test for being inside comes before the conversion to integers: the position may be huge, infinite or NaN.
+    The pixels are always inside: near the ends and beyond, they are the last two, with the weights of their own hat
+    functions, which are zero a pixel or more outside, and for infinity and NaN. A lone pixel has no upper neighbour.
     """
-    near = (position > -1.0) & (position < size)
-    position = tl.where(near, position, -1.0)
-    low = tl.floor(position)
-    fraction = position - low
-    index = low.to(tl.int32)
-    low_inside = index >= 0
-    high_inside = near & (index < size - 1)
-    low_weight = tl.where(low_inside, 1.0 - fraction, 0.0)
-    high_weight = tl.where(high_inside, fraction, 0.0)
-    return tl.maximum(index, 0), tl.minimum(index + 1, size - 1), low_weight, high_weight, low_inside, high_inside
+    last = tl.maximum(size - 2, 0).to(position.dtype)
+    index = tl.maximum(tl.minimum(position, last), 0.0).to(tl.int32)
+    distance = position - index.to(position.dtype)
+    end = tl.where(size > 1, 2.0, -1.0).to(position.dtype)
+    low_weight = tl.maximum(1.0 - tl.abs(distance), 0.0)
+    high_weight = tl.maximum(tl.minimum(distance, end - distance), 0.0)
+    return index, distance, low_weight, high_weight
 
 
 @triton.jit
-def _block(FIRST: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr):
-    """The words (1, n) of the block from FIRST on: BLOCK_WORDS, or LAST_BLOCK in the last one, where fewer are left."""
-    return FIRST + tl.arange(0, BLOCK_WORDS if FIRST + BLOCK_WORDS <= WORDS else LAST_BLOCK)[None, :]
+def _slopes(distance, low_weight, size):
+    """The derivatives of the two weights of `_corners` to the position."""
+    above = distance >= 0.0
+    end = tl.where(size > 1, 2.0, -1.0).to(distance.dtype)
+    low = tl.where(low_weight > 0.0, tl.where(above, -1.0, 1.0), 0.0)
+    high = tl.where(above & (distance < end), tl.where(distance < 1.0, 1.0, -1.0), 0.0)
+    return low, high
+
+
+@triton.jit
+def _block(
+    lane, FIRST: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Each lane's words (lanes, n) of the block from FIRST on: of BLOCK_WORDS, or LAST_BLOCK where fewer are left."""
+    SIZE: tl.constexpr = BLOCK_WORDS if FIRST + BLOCK_WORDS <= WORDS else LAST_BLOCK
+    EACH: tl.constexpr = SIZE // LANES
+    return FIRST + (lane * EACH)[:, None] + tl.arange(0, EACH)[None, :]
 
 
 @triton.jit
@@ -155,50 +177,46 @@ def _words(ptr, PACK: tl.constexpr):
 
 
 @triton.jit
-def _log_sum_exp(
-    logits_ptr, first_sample, in_queries, K: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr
-):  # fmt: skip
-    """log Σ exp over the K logits of each query."""
-    largest = tl.full(first_sample.shape, float("-inf"), COMPUTE)
-    total = tl.zeros(first_sample.shape, COMPUTE)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        mask = in_queries[:, None] & (k < K)
-        logits = tl.load(logits_ptr + first_sample[:, None] + k, mask=mask, other=0.0).to(COMPUTE)
-        logits = tl.where(k < K, logits, float("-inf"))
-        larger = tl.maximum(largest, tl.max(logits, axis=1))
-        finite = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(largest - finite) + tl.sum(tl.exp(logits - finite[:, None]), axis=1)
-        largest = larger
-    return largest + tl.log(total)
+def _sum_lanes(parts, LANES: tl.constexpr):
+    """The sum over the lanes of each query (queries, 1)."""
+    return tl.sum(parts.reshape([parts.shape[0] // LANES, LANES]), axis=1, keep_dims=True)
 
 
 @triton.jit
-def _add_samples(
-    accumulators, row_ptr, row, weight,
-    STRIDE: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
+def _log_sum_exp(
+    logits_ptr, lane, K: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """log2 Σ exp over the K logits of each lane's query."""
+    EACH: tl.constexpr = BLOCK_K // LANES if BLOCK_K > LANES else 1
+    largest = tl.full([lane.shape[0] // LANES, 1], float("-inf"), COMPUTE)
+    total = tl.zeros_like(largest)
+    for start in range(0, K, LANES * EACH):
+        k = start + (lane * EACH)[:, None] + tl.arange(0, EACH)[None, :]
+        logits = tl.load(logits_ptr[:, None] + k, mask=k < K, other=0.0).to(COMPUTE)
+        logits = tl.where(k < K, logits * LOG2_E, float("-inf")).reshape([largest.shape[0], LANES * EACH])
+        larger = tl.maximum(largest, tl.max(logits, axis=1, keep_dims=True))
+        finite = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp2(largest - finite) + tl.sum(tl.exp2(logits - finite), axis=1, keep_dims=True)
+        largest = larger
+    return (largest + tl.log2(total)).broadcast_to([largest.shape[0], LANES]).reshape([lane.shape[0]])
+
+
+@triton.jit
+def _add_row(
+    accumulators, value_ptr, lane, row, weight,
+    STRIDE: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Add one corner of each query's sample, `weight` times its row."""
-    row_ptr += row.to(tl.int64)[:, None] * STRIDE
     updated = ()
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        word = _block(first, WORDS, BLOCK_WORDS, LAST_BLOCK)
-        mask = None if first + word.shape[1] <= WORDS else word < WORDS
-        channels = _load_channels(row_ptr + word, mask, DTYPE, PACK, COMPUTE)
+        word = _block(lane, first, WORDS, BLOCK_WORDS, LAST_BLOCK, LANES)
+        mask = None if first + LANES * word.shape[1] <= WORDS else word < WORDS
+        word_ptr = value_ptr + row.to(tl.int64)[:, None] * STRIDE + word
+        channels = _load_channels(word_ptr, mask, DTYPE, PACK, COMPUTE)
         for half in tl.static_range(PACK):
             updated += (accumulators[first // BLOCK_WORDS * PACK + half] + weight[:, None] * channels[half],)  # type: ignore[assignment]
     return updated
-
-
-@triton.jit
-def _store_block(ptr, tiles, in_queries, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PACK: tl.constexpr):
-    """Store a block of channels, even and odd ones in turn where there are two tiles; CHANNELS are left in the row."""
-    tile = tiles[BLOCK * PACK]
-    if PACK == 2:
-        tile = tl.interleave(tile, tiles[BLOCK * PACK + 1])
-    channel = tl.arange(0, tile.shape[1])[None, :]
-    tl.store(ptr + channel, tile, mask=in_queries[:, None] & (channel < CHANNELS))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_queries"])
@@ -208,73 +226,82 @@ def _forward_kernel(
     M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     CHANNELS: tl.constexpr,  # of the D of each head, from channel_start on, that this launch computes
     REFERENCE: tl.constexpr, COMPUTE: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, LANES: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = value_ptr.dtype.element_ty
     K: tl.constexpr = L * P
     WORDS: tl.constexpr = CHANNELS // PACK
     STRIDE: tl.constexpr = M * D // PACK
     tiles = tl.cdiv(num_queries, BLOCK_QUERIES)
-    image = (tl.program_id(0) // tiles) // M
-    head = (tl.program_id(0) // tiles) % M
-    query = tl.program_id(0) % tiles * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    in_queries = query < num_queries
-    query = query.to(tl.int64) + image.to(tl.int64) * num_queries
-    first_sample = (query * M + head) * K
-    row_ptr = _words(value_ptr, PACK) + image.to(tl.int64) * num_rows * STRIDE + (head * D + channel_start) // PACK
+    image = (tl.program_id(0) // tiles // M).to(tl.int64)
+    head = tl.program_id(0) // tiles % M
+    first_query = tl.program_id(0) % tiles * BLOCK_QUERIES
+    lane = tl.arange(0, BLOCK_QUERIES * LANES) % LANES
+    query = tl.arange(0, BLOCK_QUERIES * LANES) // LANES  # counted from the program's first
+    in_queries = query < num_queries - first_query
+    query = tl.minimum(query, num_queries - first_query - 1)  # the last lanes may repeat the last query
+    first_query += image * num_queries
+    value_ptr = _words(value_ptr, PACK) + image * num_rows * STRIDE + (head * D + channel_start) // PACK
+    coordinates_ptr += (first_query * M + head) * (2 * K)
+    weights_ptr += (first_query * M + head) * K
+    reference_ptr += first_query * (L * REFERENCE)
+    output_ptr += (first_query * M + head) * D + channel_start
 
     if REFERENCE > 0:
-        log_total = _log_sum_exp(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
+        log_total = _log_sum_exp(weights_ptr + query * (M * K), lane, K, BLOCK_K, LANES, COMPUTE)
     accumulators = ()
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
+        word = _block(lane, first, WORDS, BLOCK_WORDS, LAST_BLOCK, LANES)
         for _half in tl.static_range(PACK):
-            accumulators += (  # type: ignore[assignment]
-                tl.zeros([BLOCK_QUERIES, BLOCK_WORDS if first + BLOCK_WORDS <= WORDS else LAST_BLOCK], COMPUTE),
-            )
+            accumulators += (tl.zeros(word.shape, COMPUTE),)  # type: ignore[assignment]
 
     for level in range(L):
         height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
-            shapes_ptr, starts_ptr, reference_ptr, query, in_queries, level, L, P, REFERENCE, COMPUTE
+            shapes_ptr, starts_ptr, reference_ptr, query, level, L, P, REFERENCE, COMPUTE
         )
+        right = (width > 1).to(tl.int32)
+        down = (height > 1).to(tl.int32) * width
         for point in range(P):
-            sample = first_sample + (level * P + point)
-            x, y = _load_pairs(coordinates_ptr, sample, in_queries)
-            weight = tl.load(weights_ptr + sample, mask=in_queries, other=0.0).to(COMPUTE)
+            sample = level * P + point
+            x, y = _load_pairs(coordinates_ptr + 2 * sample, query * (M * K))
+            weight = tl.load(weights_ptr + sample + query * (M * K)).to(COMPUTE)
             if REFERENCE > 0:
-                weight = tl.exp(weight - log_total)
-            left, right, weight_l, weight_r, _in_l, _in_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
-            top, bottom, weight_t, weight_b, _in_t, _in_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
-            top = start + top * width
-            bottom = start + bottom * width
+                weight = tl.exp2(weight * LOG2_E - log_total)
+            left, _x, weight_l, weight_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
+            top, _y, weight_t, weight_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
             weight_t *= weight
             weight_b *= weight
-            accumulators = _add_samples(
-                accumulators, row_ptr, top + left, weight_t * weight_l,
-                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            row = start + top * width + left
+            accumulators = _add_row(
+                accumulators, value_ptr, lane, row, weight_t * weight_l,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
-            accumulators = _add_samples(
-                accumulators, row_ptr, top + right, weight_t * weight_r,
-                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            accumulators = _add_row(
+                accumulators, value_ptr, lane, row + right, weight_t * weight_r,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
-            accumulators = _add_samples(
-                accumulators, row_ptr, bottom + left, weight_b * weight_l,
-                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            accumulators = _add_row(
+                accumulators, value_ptr, lane, row + down, weight_b * weight_l,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
-            accumulators = _add_samples(
-                accumulators, row_ptr, bottom + right, weight_b * weight_r,
-                STRIDE, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            accumulators = _add_row(
+                accumulators, value_ptr, lane, row + down + right, weight_b * weight_r,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
 
-    output_ptr += (query * M + head)[:, None] * D + channel_start
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        _store_block(
-            output_ptr + first * PACK, accumulators, in_queries, first // BLOCK_WORDS, CHANNELS - first * PACK, PACK
-        )
+        tile = accumulators[first // BLOCK_WORDS * PACK]  # type: ignore[var-annotated]
+        if PACK == 2:
+            tile = tl.interleave(tile, accumulators[first // BLOCK_WORDS * PACK + 1])
+        channel = _block(lane, first * PACK, CHANNELS, BLOCK_WORDS * PACK, LAST_BLOCK * PACK, LANES)
+        mask = in_queries[:, None] & (channel < CHANNELS)
+        tl.store(output_ptr + query[:, None] * (M * D) + channel, tile, mask=mask)
 
 
 @triton.jit
 def _dot(grads, channels, BLOCK: tl.constexpr, PACK: tl.constexpr):
-    """The output's gradient · a block of a row, per query."""
+    """The output's gradient · a block of a row: each lane's part."""
     product = grads[BLOCK * PACK] * channels[0]
     if PACK == 2:
         product += grads[BLOCK * PACK + 1] * channels[1]
@@ -282,45 +309,40 @@ def _dot(grads, channels, BLOCK: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
-def _add_gradient(grad_row_ptr, scale_ptr, row_offset, grad, weight, mask, STRIDE: tl.constexpr):
-    """Add `weight` times the output's gradient to a block of value's gradient."""
-    contribution = grad * weight[:, None]
-    if grad_row_ptr.dtype.element_ty == tl.int64:
-        contribution = (contribution * tl.load(scale_ptr).to(contribution.dtype)).to(tl.int64)
-    counts = (weight != 0.0)[:, None]
-    if mask is not None:
-        counts = counts & mask
-    tl.atomic_add(grad_row_ptr + row_offset * STRIDE, contribution, mask=counts, sem="relaxed")
+def _dot_row(
+    grads, value_ptr, lane, row,
+    STRIDE: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The output's gradient · a row: each lane's part."""
+    total = 0.0
+    for first in tl.static_range(0, WORDS, BLOCK_WORDS):
+        word = _block(lane, first, WORDS, BLOCK_WORDS, LAST_BLOCK, LANES)
+        mask = None if first + LANES * word.shape[1] <= WORDS else word < WORDS
+        word_ptr = value_ptr + row.to(tl.int64)[:, None] * STRIDE + word
+        part = _dot(grads, _load_channels(word_ptr, mask, DTYPE, PACK, COMPUTE), first // BLOCK_WORDS, PACK)
+        total = part if first == 0 else total + part
+    return total
 
 
 @triton.jit
-def _backward_pair(
-    grads, row_ptr, grad_row_ptr, scale_ptr, row_left, row_right, weight_left, weight_right,
-    STRIDE: tl.constexpr, GRAD_HALF: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
-    LAST_BLOCK: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr, COMPUTE: tl.constexpr,
+def _add_gradient(
+    grad_value_ptr, scale_ptr, lane, row, weight, grads,
+    STRIDE: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    LAST_BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """For two corners: add to value's gradient at their rows, and return the output's gradient · each row.
-
-    Loads come before the first reduction of a block, which no later load may pass. Four corners at once would need more
-    registers than half of all warps leave.
-    """
-    row_left = row_left.to(tl.int64)[:, None]
-    row_right = row_right.to(tl.int64)[:, None]
-    dot_left = tl.zeros(weight_left.shape, COMPUTE)
-    dot_right = tl.zeros(weight_left.shape, COMPUTE)
+    """Add `weight` times the output's gradient to a row of value's gradient, odd channels HALF after even ones."""
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        word = _block(first, WORDS, BLOCK_WORDS, LAST_BLOCK)
-        mask = None if first + word.shape[1] <= WORDS else word < WORDS
-        values_left = _load_channels(row_ptr + row_left * STRIDE + word, mask, DTYPE, PACK, COMPUTE)
-        values_right = _load_channels(row_ptr + row_right * STRIDE + word, mask, DTYPE, PACK, COMPUTE)
-        dot_left += _dot(grads, values_left, first // BLOCK_WORDS, PACK)
-        dot_right += _dot(grads, values_right, first // BLOCK_WORDS, PACK)
+        word = _block(lane, first, WORDS, BLOCK_WORDS, LAST_BLOCK, LANES)
+        counts = (weight != 0.0)[:, None]
+        if first + LANES * word.shape[1] > WORDS:
+            counts = counts & (word < WORDS)
+        word_ptr = grad_value_ptr + row.to(tl.int64)[:, None] * STRIDE + word
         for half in tl.static_range(PACK):
-            grad = grads[first // BLOCK_WORDS * PACK + half]
-            target_ptr = grad_row_ptr + half * GRAD_HALF + word
-            _add_gradient(target_ptr, scale_ptr, row_left, grad, weight_left, mask, STRIDE * PACK)
-            _add_gradient(target_ptr, scale_ptr, row_right, grad, weight_right, mask, STRIDE * PACK)
-    return dot_left, dot_right
+            contribution = grads[first // BLOCK_WORDS * PACK + half] * weight[:, None]
+            if grad_value_ptr.dtype.element_ty == tl.int64:
+                contribution = (contribution * tl.load(scale_ptr).to(contribution.dtype)).to(tl.int64)
+            tl.atomic_add(word_ptr + half * HALF, contribution, mask=counts, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_queries"])
@@ -330,7 +352,7 @@ def _backward_kernel(
     num_rows, num_queries, channel_start,
     M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
     REFERENCE: tl.constexpr, GRAD_REFERENCE: tl.constexpr, COMPUTE: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, LANES: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = value_ptr.dtype.element_ty
@@ -339,92 +361,133 @@ def _backward_kernel(
     STRIDE: tl.constexpr = M * D // PACK
     GRAD_HALF: tl.constexpr = D // PACK  # the gradient of value has a head's even channels before its odd ones
     tiles = tl.cdiv(num_queries, BLOCK_QUERIES)
-    image = (tl.program_id(0) // tiles) // M
-    head = (tl.program_id(0) // tiles) % M
-    query = tl.program_id(0) % tiles * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    in_queries = query < num_queries
-    query = query.to(tl.int64) + image.to(tl.int64) * num_queries
-    first_sample = (query * M + head) * K
-    first_row = image.to(tl.int64) * num_rows
-    row_ptr = _words(value_ptr, PACK) + first_row * STRIDE + (head * D + channel_start) // PACK
-    grad_row_ptr = grad_value_ptr + first_row * (STRIDE * PACK) + head * D + channel_start // PACK
+    image = (tl.program_id(0) // tiles // M).to(tl.int64)
+    head = tl.program_id(0) // tiles % M
+    first_query = tl.program_id(0) % tiles * BLOCK_QUERIES
+    lane = tl.arange(0, BLOCK_QUERIES * LANES) % LANES
+    query = tl.arange(0, BLOCK_QUERIES * LANES) // LANES  # counted from the program's first
+    in_queries = query < num_queries - first_query
+    query = tl.minimum(query, num_queries - first_query - 1)  # the last lanes may repeat the last query
+    first_query += image * num_queries
+    value_ptr = _words(value_ptr, PACK) + image * num_rows * STRIDE + (head * D + channel_start) // PACK
+    grad_value_ptr += image * num_rows * (STRIDE * PACK) + head * D + channel_start // PACK
+    output_ptr = _words(output_ptr, PACK) + ((first_query * M + head) * D + channel_start) // PACK
+    grad_output_ptr = _words(grad_output_ptr, PACK) + ((first_query * M + head) * D + channel_start) // PACK
+    coordinates_ptr += (first_query * M + head) * (2 * K)
+    grad_coordinates_ptr += (first_query * M + head) * (2 * K)
+    weights_ptr += (first_query * M + head) * K
+    grad_weights_ptr += (first_query * M + head) * K
+    reference_ptr += first_query * (L * REFERENCE)
+    grad_reference_ptr += (first_query * M + head) * (L * REFERENCE)
 
-    output_offset = (query * M + head)[:, None] * GRAD_HALF + channel_start // PACK
-    grads = ()
     if REFERENCE > 0:
-        log_total = _log_sum_exp(weights_ptr, first_sample, in_queries, K, BLOCK_K, COMPUTE)
-        expected = tl.zeros([BLOCK_QUERIES], COMPUTE)  # Σ weight · its gradient
+        log_total = _log_sum_exp(weights_ptr + query * (M * K), lane, K, BLOCK_K, LANES, COMPUTE)
+        log_total = tl.where(in_queries, log_total, float("inf"))  # repeated queries have no weight
+    expected = tl.zeros(query.shape, COMPUTE)  # Σ weight · its gradient: each lane's part
+    grads = ()
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        word = _block(first, WORDS, BLOCK_WORDS, LAST_BLOCK)
-        word_ptr = _words(grad_output_ptr, PACK) + output_offset + word
-        grads += _load_channels(word_ptr, in_queries[:, None] & (word < WORDS), DTYPE, PACK, COMPUTE)
+        word = _block(lane, first, WORDS, BLOCK_WORDS, LAST_BLOCK, LANES)
+        offset = query[:, None] * STRIDE + word
+        grads += _load_channels(grad_output_ptr + offset, word < WORDS, DTYPE, PACK, COMPUTE)
         if REFERENCE > 0:
-            word_ptr = _words(output_ptr, PACK) + output_offset + word
-            outputs = _load_channels(word_ptr, in_queries[:, None] & (word < WORDS), DTYPE, PACK, COMPUTE)
+            outputs = _load_channels(output_ptr + offset, word < WORDS, DTYPE, PACK, COMPUTE)
             expected += _dot(grads, outputs, first // BLOCK_WORDS, PACK)
 
+    rows = tl.arange(0, BLOCK_QUERIES)[:, None]  # once per query, what is stored
     points = tl.arange(0, BLOCK_P)[None, :]
+    in_rows = rows < num_queries - tl.program_id(0) % tiles * BLOCK_QUERIES
     for level in range(L):
         height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
-            shapes_ptr, starts_ptr, reference_ptr, query, in_queries, level, L, P, REFERENCE, COMPUTE
+            shapes_ptr, starts_ptr, reference_ptr, query, level, L, P, REFERENCE, COMPUTE
         )
+        right = (width > 1).to(tl.int32)
+        down = (height > 1).to(tl.int32) * width
         # Gradients of this level's points, collected: stored one by one, each would cost two barriers.
         grad_x = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
         grad_y = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
         grad_weight = tl.zeros([BLOCK_QUERIES, BLOCK_P], COMPUTE)
-        grad_extent_x = tl.zeros([BLOCK_QUERIES], COMPUTE)
-        grad_extent_y = tl.zeros([BLOCK_QUERIES], COMPUTE)
+        centre_x = tl.zeros(query.shape, COMPUTE)  # gradients of the reference: each lane's part
+        centre_y = tl.zeros(query.shape, COMPUTE)
+        extent_x = tl.zeros(query.shape, COMPUTE)
+        extent_y = tl.zeros(query.shape, COMPUTE)
         for point in range(P):
-            sample = first_sample + (level * P + point)
-            x, y = _load_pairs(coordinates_ptr, sample, in_queries)
-            weight = tl.load(weights_ptr + sample, mask=in_queries, other=0.0).to(COMPUTE)
-            if REFERENCE > 0:
-                weight = tl.where(in_queries, tl.exp(weight - log_total), 0.0)
-            left, right, weight_l, weight_r, in_l, in_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
-            top, bottom, weight_t, weight_b, in_t, in_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
-            top = start + top * width
-            bottom = start + bottom * width
-            dot_tl, dot_tr = _backward_pair(
-                grads, row_ptr, grad_row_ptr, scale_ptr,
-                top + left, top + right, weight * weight_t * weight_l, weight * weight_t * weight_r,
-                STRIDE, GRAD_HALF, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            sample = level * P + point
+            x, y = _load_pairs(coordinates_ptr + 2 * sample, query * (M * K))
+            weight = tl.load(weights_ptr + sample + query * (M * K)).to(COMPUTE)
+            weight = tl.exp2(weight * LOG2_E - log_total) if REFERENCE > 0 else tl.where(in_queries, weight, 0.0)
+            left, distance_x, weight_l, weight_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
+            top, distance_y, weight_t, weight_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
+            row = start + top * width + left
+            dot_tl = _dot_row(
+                grads, value_ptr, lane, row,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
-            dot_bl, dot_br = _backward_pair(
-                grads, row_ptr, grad_row_ptr, scale_ptr,
-                bottom + left, bottom + right, weight * weight_b * weight_l, weight * weight_b * weight_r,
-                STRIDE, GRAD_HALF, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            dot_tr = _dot_row(
+                grads, value_ptr, lane, row + right,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
             )  # fmt: skip
-            # Corners outside are zero, whatever was read in their place.
-            dot_tl = tl.where(in_t & in_l, dot_tl, 0.0)
-            dot_tr = tl.where(in_t & in_r, dot_tr, 0.0)
-            dot_bl = tl.where(in_b & in_l, dot_bl, 0.0)
-            dot_br = tl.where(in_b & in_r, dot_br, 0.0)
+            dot_bl = _dot_row(
+                grads, value_ptr, lane, row + down,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+            dot_br = _dot_row(
+                grads, value_ptr, lane, row + down + right,
+                STRIDE, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, DTYPE, PACK, COMPUTE,
+            )  # fmt: skip
+
+            # The gradients of the sample come before the reductions to value's gradient: registers are then free.
             along_top = weight_l * dot_tl + weight_r * dot_tr
             along_bottom = weight_l * dot_bl + weight_r * dot_br
-            point_x = weight * (weight_t * (dot_tr - dot_tl) + weight_b * (dot_br - dot_bl))
-            point_y = weight * (along_bottom - along_top)
+            along_left = weight_t * dot_tl + weight_b * dot_bl
+            along_right = weight_t * dot_tr + weight_b * dot_br
+            slope_l, slope_r = _slopes(distance_x, weight_l, width)
+            slope_t, slope_b = _slopes(distance_y, weight_t, height)
+            point_x = weight * (slope_l * along_left + slope_r * along_right)
+            point_y = weight * (slope_t * along_top + slope_b * along_bottom)
             point_weight = weight_t * along_top + weight_b * along_bottom
             if REFERENCE > 0:
                 point_weight = weight * (point_weight - expected)
+            if GRAD_REFERENCE:
+                centre_x += point_x
+                centre_y += point_y
+                if REFERENCE == 4:  # outside, offsets may be infinite
+                    extent_x += tl.where(point_x == 0.0, 0.0, point_x * x.to(COMPUTE))
+                    extent_y += tl.where(point_y == 0.0, 0.0, point_y * y.to(COMPUTE))
             here = points == point
-            grad_x = tl.where(here, point_x[:, None], grad_x)
-            grad_y = tl.where(here, point_y[:, None], grad_y)
-            grad_weight = tl.where(here, point_weight[:, None], grad_weight)
-            if GRAD_REFERENCE and REFERENCE == 4:
-                grad_extent_x += tl.where(point_x == 0.0, 0.0, point_x * x.to(COMPUTE))  # outside, x may be infinite
-                grad_extent_y += tl.where(point_y == 0.0, 0.0, point_y * y.to(COMPUTE))
+            grad_x = tl.where(here, _sum_lanes(point_x * scale_x, LANES), grad_x)
+            grad_y = tl.where(here, _sum_lanes(point_y * scale_y, LANES), grad_y)
+            grad_weight = tl.where(here, _sum_lanes(point_weight, LANES), grad_weight)
 
-        sample = first_sample[:, None] + level * P + points
-        mask = in_queries[:, None] & (points < P)
-        _store_pairs(grad_coordinates_ptr, sample, grad_x * scale_x[:, None], grad_y * scale_y[:, None], mask)
-        tl.store(grad_weights_ptr + sample, grad_weight, mask=mask)
+            weight_t *= weight
+            weight_b *= weight
+            _add_gradient(
+                grad_value_ptr, scale_ptr, lane, row, weight_t * weight_l, grads,
+                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+            )  # fmt: skip
+            _add_gradient(
+                grad_value_ptr, scale_ptr, lane, row + right, weight_t * weight_r, grads,
+                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+            )  # fmt: skip
+            _add_gradient(
+                grad_value_ptr, scale_ptr, lane, row + down, weight_b * weight_l, grads,
+                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+            )  # fmt: skip
+            _add_gradient(
+                grad_value_ptr, scale_ptr, lane, row + down + right, weight_b * weight_r, grads,
+                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+            )  # fmt: skip
+
+        sample = rows * (M * K) + points
+        mask = in_rows & (points < P)
+        _store_pairs(grad_coordinates_ptr + level * (2 * P), sample, grad_x, grad_y, mask)
+        tl.store(grad_weights_ptr + level * P + sample, grad_weight, mask=mask)
         if GRAD_REFERENCE:  # of this head; the launcher adds the heads
-            point_ptr = grad_reference_ptr + ((query * M + head) * L + level) * REFERENCE
-            tl.store(point_ptr, tl.sum(grad_x, axis=1) * width, mask=in_queries)
-            tl.store(point_ptr + 1, tl.sum(grad_y, axis=1) * height, mask=in_queries)
+            point_ptr = grad_reference_ptr + level * REFERENCE + rows * (M * L * REFERENCE)
+            tl.store(point_ptr, _sum_lanes(centre_x, LANES) * width, mask=in_rows)
+            tl.store(point_ptr + 1, _sum_lanes(centre_y, LANES) * height, mask=in_rows)
             if REFERENCE == 4:
-                tl.store(point_ptr + 2, grad_extent_x * width * (0.5 / P), mask=in_queries)
-                tl.store(point_ptr + 3, grad_extent_y * height * (0.5 / P), mask=in_queries)
+                tl.store(point_ptr + 2, _sum_lanes(extent_x, LANES) * width * (0.5 / P), mask=in_rows)
+                tl.store(point_ptr + 3, _sum_lanes(extent_y, LANES) * height * (0.5 / P), mask=in_rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,10 +513,9 @@ def launch_configuration(direction: str, architecture: str, D: int, dtype: torch
     Backward, a block is the largest power of two of words in a row (at most one row per warp), and the rest is one more
     block: 48 channels are 32 + 16, and a lane loads at most 16 + 8 bytes of each row. Forward, it is 32 channels, or
     half of a row where that is more: narrow blocks repeat the arithmetic of a sample in fewer lanes, and two blocks of
-    accumulators fit in the 64 registers that let half of all warps be resident (72 for boxes with D = 48 or more in
-    half precision, which only decoders with their few queries use). The backward pass needs 64 to 100 registers, so
-    that 28 to 50 % of all warps are resident; forced to 64 it spills. Two warps need fewer than four there, but 64-bit
-    sums do not spill only with four. `direction` is "forward", "backward" or "deterministic" (backward, fixed point).
+    accumulators fit in the 64 registers that let half of all warps be resident. How many registers, and why, stands in
+    `max_registers`. Two warps need fewer than four in the backward pass, but 64-bit sums do not spill only with four.
+    `direction` is "forward", "backward" or "deterministic" (backward, fixed point).
     """
     if (direction, architecture, D, dtype.itemsize) in LAUNCH_TABLE:
         return LAUNCH_TABLE[direction, architecture, D, dtype.itemsize]
@@ -465,20 +527,27 @@ def launch_configuration(direction: str, architecture: str, D: int, dtype: torch
     return min(whole_row, 128), 4 if direction == "deterministic" or dtype == torch.float64 else 2
 
 
-def max_registers(direction: str, architecture: str, D: int, dtype: torch.dtype, reference: int) -> int | None:
+def max_registers(
+    direction: str, architecture: str, D: int, dtype: torch.dtype, reference: int, grad_reference: bool
+) -> int | None:
     """The registers that a launch may use per thread on NVIDIA, None for the compiler's choice.
 
-    Left alone, the compiler sometimes spills one register to make room for one more warp. Forward, 64 are enough
-    without spilling for the usual D and keep half of all warps resident; boxes and sm_100 take 72, as Triton 3.6 spills
-    there with less, and other D and float64 more.
-    Backward it is left alone where reductions are vectors of float32; elsewhere it needs up to 220.
+    Left alone, the compiler sometimes spills one register to make room for one more warp, and sometimes takes more than
+    it needs. On sm_90, 64 are the most that keep half of all warps resident, and enough without spilling for the usual
+    D, forward with locations or reference points, and backward in float32. Boxes forward, and backward the twice as
+    many half-precision channels of a lane, spill with less than 72 (44 %) in one Triton version or another, and so does
+    the forward pass on sm_80 and sm_100; other D and float64 need more. Backward elsewhere it is left alone where
+    reductions are vectors of float32, and otherwise needs up to 220.
     """
     if direction == "forward":
         if dtype == torch.float64 or D % 16 or D > 64:
             return 128
-        return 72 if reference == 4 or architecture == "sm_100" else 64
-    alone = direction == "backward" and dtype != torch.float64 and architecture != "sm_80"
-    return None if alone else 255
+        return 64 if architecture == "sm_90" and reference != 4 else 72
+    if direction == "deterministic" or dtype == torch.float64 or architecture == "sm_80":
+        return 255
+    if architecture == "sm_90" and D in (32, 48, 64) and not grad_reference:
+        return 64 if dtype == torch.float32 else 72
+    return None
 
 
 def kernel_constants(
@@ -499,8 +568,9 @@ def kernel_constants(
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "PACK": pack,
         "BLOCK_QUERIES": max(1, lanes * num_warps // lanes_per_query),
+        "LANES": lanes_per_query,
         "BLOCK_WORDS": block_words,
-        "LAST_BLOCK": triton.next_power_of_2(channels // pack % block_words or block_words),
+        "LAST_BLOCK": max(lanes_per_query, triton.next_power_of_2(channels // pack % block_words or block_words)),
         "BLOCK_K": min(64, triton.next_power_of_2(L * P)),
     }
 
@@ -519,7 +589,9 @@ def _launch(
     )  # fmt: skip
     options: dict[str, Any] = dict(LAUNCH_OPTIONS)
     if architecture(value.device).startswith("sm_"):
-        options["maxnreg"] = max_registers(direction, architecture(value.device), D, value.dtype, reference)
+        options["maxnreg"] = max_registers(
+            direction, architecture(value.device), D, value.dtype, reference, extra.get("GRAD_REFERENCE", False)
+        )
     programs = triton.cdiv(Q, constants["BLOCK_QUERIES"]) * B * M
     if programs:
         with torch.cuda.device_of(value):
@@ -681,11 +753,12 @@ def _compile_case(
         }
     usual = dtype != torch.float64 and D % 16 == 0 and not deterministic
     expectations: dict[str, Any] = {"targets": (target,)}
+    registers = max_registers(launched, target, D, dtype, form, grad_reference)
     if target != "gfx942":
-        expectations["options"] = {"maxnreg": max_registers(launched, target, D, dtype, form)}
+        expectations["options"] = {"maxnreg": registers}
     if usual:
         expectations["load"] = 16
-        expectations["occupancy"] = 0.25 if direction == "backward" or form == 4 or D > 64 else 0.5
+        expectations["occupancy"] = 0.5 if registers == 64 else 0.25
         expectations["vector_atomics"] = direction == "backward"
     names = {0: "ms_deform_attn", 2: "ms_deform_attn_fused points", 4: "ms_deform_attn_fused boxes"}
     remarks = [
@@ -846,6 +919,11 @@ def _is_readable(given: SpatialShapes | LevelStartIndex) -> bool:
     return not isinstance(given, Tensor) or (given.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
+def _check_integers(name: str, numbers: list[Any]) -> None:
+    if not torch.compiler.is_compiling() and not all(hasattr(number, "__index__") for number in numbers):
+        raise TypeError(f"{name} has {numbers}, must be integers")
+
+
 def _check(
     value: Tensor,
     spatial_shapes: SpatialShapes,
@@ -891,13 +969,16 @@ def _check(
                 raise ValueError(f"{name} is on {given.device} but value is on {value.device}: move one of them")
             if given.ndim != ndim or given.shape[1:] not in ((), (2,)):
                 raise ValueError(f"{name} has shape {_shape(given)}, must be {'(L, 2)' if ndim == 2 else '(L,)'}")
+        elif not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"{name} is a {type(given).__name__}, must be a tensor or a list")
         if len(given) != L:
             raise ValueError(f"{points_name} has {L} levels but {name} has {len(given)}")
     if not _is_readable(spatial_shapes):
         return
     shapes = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else list(spatial_shapes)
-    if any(len(pair) != 2 for pair in shapes):
+    if any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in shapes):
         raise ValueError(f"spatial_shapes is {shapes}, must be pairs (H, W)")
+    _check_integers("spatial_shapes", [size for pair in shapes for size in pair])
     if any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes is {shapes}, heights and widths must be at least 1")
     sizes = [height * width for height, width in shapes]
@@ -905,6 +986,7 @@ def _check(
         raise ValueError(f"spatial_shapes {shapes} has {sum(sizes)} pixels but value has {S}")
     if _is_readable(level_start_index):
         starts = level_start_index.tolist() if isinstance(level_start_index, Tensor) else list(level_start_index)
+        _check_integers("level_start_index", starts)
         if starts != [sum(sizes[:level]) for level in range(L)]:
             raise ValueError(f"level_start_index is {starts}, must be the sums of the sizes {sizes} before each level")
 

@@ -173,12 +173,16 @@ class TestTriton:
             results(form, inputs, **levels), results(form, in_float64(inputs), module=reference, **levels), 1e-11
         )
 
-    @pytest.mark.parametrize("D", [32, 48, 300])
-    def test_channels(self, D: int) -> None:
+    @pytest.mark.parametrize(
+        ("D", "dtype"),
+        [(32, torch.float32), (48, torch.float32), (300, torch.float32), (34, torch.bfloat16)],  # 34: one word is left
+    )
+    def test_channels(self, D: int, dtype: torch.dtype) -> None:
         if D > 96 and INTERPRETED and triton.__version__.startswith("3.6."):
             pytest.skip("triton 3.6's interpreter reads a mask of one element as if only the first lane had it")
-        inputs = make("points", B=1, Q=2, M=2, D=D, P=1, dtype=torch.float32)
-        assert_near(results("points", inputs), results("points", in_float64(inputs), module=reference), 5e-6)
+        inputs = make("points", B=1, Q=2, M=2, D=D, P=1, dtype=dtype)
+        tolerance = 8 * torch.finfo(dtype).eps if dtype != torch.float32 else 5e-6
+        assert_near(results("points", inputs), results("points", in_float64(inputs), module=reference), tolerance)
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize(
@@ -391,6 +395,12 @@ def broken(**changes: object) -> dict[str, object]:
         ("spatial_shapes", lambda s: torch.tensor(s).float(), TypeError),
         ("spatial_shapes", lambda s: torch.tensor(s).flatten(), ValueError),
         ("spatial_shapes", lambda s: torch.tensor([*s[:2], (2, 6)]), ValueError),
+        ("spatial_shapes", lambda s: None, TypeError),
+        ("spatial_shapes", lambda s: torch.tensor(s).numpy(), TypeError),
+        ("spatial_shapes", lambda s: [h * w for h, w in s], ValueError),
+        ("spatial_shapes", lambda s: [(float(h), w) for h, w in s], TypeError),
+        ("level_start_index", lambda s: 0, TypeError),
+        ("level_start_index", lambda s: [float(start) for start in s], TypeError),
         ("level_start_index", lambda s: s[:2], ValueError),
         ("level_start_index", lambda s: [0, 12, 14], ValueError),
         ("reference_points", lambda t: t[..., :1], ValueError),
