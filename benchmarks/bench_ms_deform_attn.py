@@ -12,6 +12,7 @@ large copy's bandwidth, and the peak memory of one call beyond its inputs.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -63,31 +64,32 @@ class Inputs(NamedTuple):
     weights: Tensor
 
 
+@lru_cache(maxsize=1)  # contenders take turns at the same inputs
 def make(case: Case, dtype: torch.dtype) -> Inputs:
     """Points at pixel centres in the encoder; offsets of a few pixels, as trained models have."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = case.shapes
     L, S = len(shapes), sum(h * w for h, w in shapes)
     centres = torch.cat(
         [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
     )
     if case.decoder:
-        centres = torch.rand(300, 2, generator=generator)
+        centres = torch.rand(300, 2, generator=generator, device=DEVICE)
     Q = len(centres)
-    points = centres[None, :, None].expand(case.B, Q, L, 2).contiguous()
-    offsets = torch.randn(case.B, Q, M, L, P, 2, generator=generator) * 2
-    logits = torch.randn(case.B, Q, M, L, P, generator=generator)
-    sizes = torch.tensor([(w, h) for h, w in shapes])
+    points = centres.to(DEVICE)[None, :, None].expand(case.B, Q, L, 2).contiguous()
+    offsets = torch.randn(case.B, Q, M, L, P, 2, generator=generator, device=DEVICE) * 2
+    logits = torch.randn(case.B, Q, M, L, P, generator=generator, device=DEVICE)
+    sizes = torch.tensor([(w, h) for h, w in shapes], device=DEVICE)
     locations = points[:, :, None, :, None] + offsets / sizes[:, None]
     weights = logits.flatten(-2).softmax(-1).view(logits.shape)
-    value = torch.randn(case.B, S, M, case.D, generator=generator)
+    value = torch.randn(case.B, S, M, case.D, generator=generator, device=DEVICE)
 
     def leaf(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-        return tensor.to(DEVICE, dtype).requires_grad_()
+        return tensor.to(dtype).requires_grad_()
 
     starts = list(accumulate((h * w for h, w in shapes[:-1]), initial=0))
     return Inputs(
-        leaf(value), shapes, starts, points.to(DEVICE), leaf(offsets), leaf(logits),
+        leaf(value), shapes, starts, points, leaf(offsets), leaf(logits),
         leaf(locations, torch.float32), leaf(weights, torch.float32),
     )  # fmt: skip
 

@@ -50,13 +50,14 @@ def milliseconds(direction: str, D: int, dtype: torch.dtype, configuration: tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
-    parser.add_argument("--channels", type=int, nargs="+", default=[32, 48, 64])
+    parser.add_argument("--channels", type=int, nargs="+", default=[48, 32, 64], help="D, the most wanted first")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning needs a GPU")
+    header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     measured: list[dict[str, Any]] = []
-    for D, dtype, direction in itertools.product(
-        arguments.channels, (torch.bfloat16, torch.float32), ("forward", "backward")
+    for dtype, D, direction in itertools.product(
+        (torch.bfloat16, torch.float32), arguments.channels, ("forward", "backward")
     ):
         times = {c: milliseconds(direction, D, dtype, c) for c in candidates(D, dtype)}
         best = min(times, key=times.__getitem__)
@@ -75,9 +76,8 @@ def main() -> None:
             }
             for configuration, time in times.items()
         ]
-    if arguments.json:
-        header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        arguments.json.write_text(json.dumps({**header, "measured": measured}, indent=1))
+        if arguments.json:  # each time: what is measured stays if the rest is cut off
+            arguments.json.write_text(json.dumps({**header, "measured": measured}, indent=1))
 
 
 if __name__ == "__main__":

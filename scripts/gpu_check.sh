@@ -3,9 +3,10 @@
 #
 #     scripts/gpu_check.sh OUT_DIR [PIECE ...]
 #
-# Pieces: tests, report, tune, and one per file benchmarks/bench_*.py by its name without "bench_" and ".py".
-# Without pieces all of them run, in that order. Each piece has a time limit, so that all together stay within ten
-# minutes, and leaves OUT_DIR/PIECE.json (JUnit XML for the tests) and OUT_DIR/PIECE.log. PYTHON chooses the interpreter.
+# Pieces: one per file benchmarks/bench_*.py by its name without "bench_" and ".py", tune, tests, report. Without pieces
+# all of them run, the kernels first. Each has a time limit, and all together ten minutes; what is cut off has written
+# what it had measured. A piece leaves OUT_DIR/PIECE.json (JUnit XML for the tests) and OUT_DIR/PIECE.log.
+# PYTHON chooses the interpreter.
 set -uo pipefail
 out=${1:?usage: scripts/gpu_check.sh OUT_DIR [PIECE ...]}
 shift
@@ -16,30 +17,48 @@ python=${PYTHON:-python}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 1
+"$python" - <<'END' || exit 1
+import importlib.util, sys
+missing = [m for m in ("pytest", "pytest_benchmark", "hypothesis", "scipy") if importlib.util.find_spec(m) is None]
+if missing:
+    print("not installed, so that what needs it fails:", *missing)
+import torch
+if not torch.cuda.is_available():
+    sys.exit("gpu_check.sh needs a GPU, torch sees none")
+END
 
 if [ $# -eq 0 ]; then
-    set -- tests report tune
+    set -- ms_deform_attn mask_codec matching tune tests
     for file in benchmarks/bench_*.py; do
         name=${file#benchmarks/bench_}
-        set -- "$@" "${name%.py}"
+        name=${name%.py}
+        case " $* " in *" $name "*) ;; *) set -- "$@" "$name" ;; esac
     done
+    set -- "$@" report
 fi
 
 failed=0
 for piece in "$@"; do
     start=$SECONDS
     case $piece in
-        tests) timeout 150 "$python" -m pytest tests/kernels -q --junitxml="$out/tests.xml" ;;
-        report) timeout 120 "$python" -m benchmarks.compile_report --json "$out/report.json" ;;
-        tune) timeout 90 "$python" -m benchmarks.tune --json "$out/tune.json" ;;
-        ms_deform_attn)
-            timeout 150 "$python" -m pytest benchmarks/bench_ms_deform_attn.py --benchmark-only -q \
-                --benchmark-json="$out/$piece.json" ;;
-        *)
-            timeout 60 "$python" -m pytest "benchmarks/bench_$piece.py" --benchmark-only -q \
-                --benchmark-json="$out/$piece.json" ;;
-    esac >"$out/$piece.log" 2>&1
+        ms_deform_attn) limit=180 ;;
+        tests | tune | report) limit=120 ;;
+        *) limit=60 ;;
+    esac
+    left=$((600 - start))
+    if [ $left -lt 10 ]; then
+        echo "$piece: not run, ten minutes are over: scripts/gpu_check.sh OUT_DIR $piece"
+        failed=1
+        continue
+    fi
+    case $piece in
+        tests) command=(-m pytest tests/kernels -q --junitxml="$out/tests.xml") ;;
+        report) command=(-m benchmarks.compile_report --json "$out/report.json") ;;
+        tune) command=(-m benchmarks.tune --json "$out/tune.json") ;;
+        *) command=(-m pytest "benchmarks/bench_$piece.py" --benchmark-only -q --benchmark-json="$out/$piece.json") ;;
+    esac
+    # An interrupted pytest still writes its results.
+    timeout -s INT -k 10 $((limit < left ? limit : left)) "$python" "${command[@]}" >"$out/$piece.log" 2>&1
     status=$?
     echo "$piece: exit $status, $((SECONDS - start)) s"
     [ $status -eq 0 ] || { failed=1; tail -n 15 "$out/$piece.log"; }
