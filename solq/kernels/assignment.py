@@ -43,8 +43,6 @@ from solq.kernels.matching_cost import (
 )
 from solq.kernels.runtime import LAUNCH_OPTIONS, backend_for
 
-THREADS_FROM = 100_000  # costs; SciPy takes a microsecond or two for 300 of them, a thread 50 to start
-
 
 @triton.jit
 def _key_of_smallest(values, key):
@@ -184,22 +182,22 @@ def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tens
 
 
 def _solve_on_host(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """SciPy, layers in parallel if there is much to do. A GPU's tensors take one copy to the host and one wait."""
-    device = cost.device
-    if cost.is_cuda:
-        cost, target_offsets = (x.to("cpu", non_blocking=True) for x in (cost, target_offsets))  # to pinned memory
-        torch.cuda.current_stream(device).synchronize()
+    """SciPy. For a GPU's tensors: all layers in one copy to the host and one wait, then a thread per layer."""
+    if not cost.is_cuda:  # threads would only take the cores from each other: PyTorch's wait by spinning
+        return reference.linear_assignment(cost, target_offsets, return_non_finite=True)
+    host_cost = cost.to("cpu", non_blocking=True)  # pinned memory
+    host_offsets = target_offsets.to("cpu", non_blocking=True)
+    torch.cuda.current_stream(cost.device).synchronize()
 
-    def solve(layers: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.linear_assignment(layers, target_offsets, return_non_finite=True)
+    def solve(layer_cost: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.linear_assignment(layer_cost[None], host_offsets, return_non_finite=True)
 
-    if cost.numel() < THREADS_FROM or torch.get_num_threads() == 1:
-        solved = solve(cost)
-    else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            assignment, non_finite = zip(*threads.map(solve, cost.split(1)), strict=True)
-        solved = torch.cat(assignment), torch.cat(non_finite)
-    return solved[0].to(device, non_blocking=True), solved[1].to(device, non_blocking=True)
+    with ThreadPoolExecutor() as threads:
+        assignment, non_finite = zip(*threads.map(solve, host_cost), strict=True)
+    return (
+        torch.cat(assignment).to(cost.device, non_blocking=True),
+        torch.cat(non_finite).to(cost.device, non_blocking=True),
+    )
 
 
 @torch.library.custom_op("solq::linear_assignment", mutates_args=())

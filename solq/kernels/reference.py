@@ -353,15 +353,13 @@ def _class_cost(
     logits: Tensor, labels: Tensor, class_cost: Literal["focal", "softmax"], alpha: float, gamma: float
 ) -> Tensor:
     """The class cost (L, n, Q) of one image's logits (L, Q, C) and labels (n,)."""
-    present_labels, column = labels.unique(return_inverse=True)
     if class_cost == "softmax":
-        cost = -logits.softmax(-1).mT[:, present_labels]
-    else:
-        logit = logits.mT[:, present_labels]
-        present, absent = logit.sigmoid(), (-logit).sigmoid()
-        cost = (1 - alpha) * present**gamma * torch.log(absent + 1e-8)
-        cost -= alpha * absent**gamma * torch.log(present + 1e-8)
-    return cost[:, column]
+        return -logits.softmax(-1).mT[:, labels]
+    logit = logits.mT[:, labels]
+    present, absent = logit.sigmoid(), (-logit).sigmoid()
+    cost = (1 - alpha) * present**gamma * torch.log(absent + 1e-8)
+    cost -= alpha * absent**gamma * torch.log(present + 1e-8)
+    return cost
 
 
 def _overlap_and_hull(centre: Tensor, extent: Tensor, other_centre: Tensor, other_extent: Tensor) -> list[Tensor]:
@@ -404,16 +402,15 @@ def matching_cost(
     coordinates = boxes.float().movedim(-1, 0).contiguous()  # (4, L, B, Q)
     target_coordinates = target_boxes.float().T[:, :, None]  # (4, T, 1)
     for image, (start, end) in enumerate(pairwise(target_offsets.tolist())):
-        layers = max(CACHED_COSTS // max((end - start) * Q, 1), 1)
-        for first in range(0, L, layers):
-            some = slice(first, first + layers)
-            queries, targets = coordinates[:, some, image, None], target_coordinates[:, None, start:end]
-            own = cost[some, start:end]
-            own[:] = _class_cost(logits[some, image].float(), target_labels[start:end], class_cost, alpha, gamma)
-            own *= cost_class
-            own += cost_giou
-            own.sub_(_giou_plus_one(queries, targets), alpha=cost_giou)
-            for query_coordinate, target_coordinate in zip(queries, targets, strict=True):
+        labels, column = target_labels[start:end].unique(return_inverse=True)
+        of_class = cost_class * _class_cost(logits[:, image].float(), labels, class_cost, alpha, gamma) + cost_giou
+        some = max(CACHED_COSTS // max((end - start) * Q, 1), 1)
+        for layers in (slice(first, first + some) for first in range(0, L, some)):
+            own = cost[layers, start:end]
+            torch.index_select(of_class[layers], 1, column, out=own)
+            pairs = coordinates[:, layers, image, None], target_coordinates[:, None, start:end]
+            own.sub_(_giou_plus_one(*pairs), alpha=cost_giou)
+            for query_coordinate, target_coordinate in zip(*pairs, strict=True):
                 own.add_((query_coordinate - target_coordinate).abs_(), alpha=cost_bbox)
     return cost
 
@@ -442,18 +439,19 @@ def linear_assignment(
     import numpy as np
     from scipy.optimize import linear_sum_assignment
 
-    assignment = torch.full(cost.shape[:2], -1, dtype=torch.int64)
-    non_finite = torch.zeros(cost.shape[:2], dtype=torch.int64)
-    host_cost = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32)).numpy()  # no bfloat16 in numpy
+    # NumPy has no bfloat16.
+    host_cost = cost.detach().to("cpu", torch.promote_types(cost.dtype, torch.float32)).numpy()
+    assignment = np.full(cost.shape[:2], -1, dtype=np.int64)
+    non_finite = np.zeros(cost.shape[:2], dtype=np.int64)
     largest = min(LARGEST_COST, float(np.finfo(host_cost.dtype).max))
     for start, end in pairwise(target_offsets.tolist()):
         for layer, problem in enumerate(host_cost[:, start:end]):
-            finite = np.abs(problem) <= largest
-            if not finite.all():
-                non_finite[layer, start:end] = torch.as_tensor((~finite).sum(1))
+            if problem.size and not (problem.max() <= largest and problem.min() >= -largest):  # neither is it of NaN
+                finite = np.abs(problem) <= largest
+                non_finite[layer, start:end] = (~finite).sum(1)
                 bound = np.abs(problem[finite]).max(initial=0).astype(np.float64)
                 problem = np.where(finite, problem, 2 * (end - start + 1) * bound if bound > 0 else 1.0)
             rows, columns = linear_sum_assignment(problem)
-            assignment[layer, start + torch.as_tensor(rows)] = torch.as_tensor(columns)
-    assignment, non_finite = assignment.to(cost.device), non_finite.to(cost.device)
-    return (assignment, non_finite) if return_non_finite else assignment
+            assignment[layer, start + rows] = columns
+    solved = torch.from_numpy(assignment).to(cost.device)
+    return (solved, torch.from_numpy(non_finite).to(cost.device)) if return_non_finite else solved

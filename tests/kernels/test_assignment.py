@@ -133,19 +133,6 @@ def test_float64_costs_near_overflow(backend: str) -> None:
         assert non_finite.tolist() == [[2, 1, 1]]
 
 
-def test_scipy_by_one_thread_and_by_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = [40, 0, 20]
-    cost = random_cost(5, sizes, 400)  # enough for threads
-    cost[3, 7, 9] = math.nan
-    results = []
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        with use_backend("reference"):
-            results.append(linear_assignment(cost, offsets_of(sizes), return_non_finite=True))
-    check(cost, sizes, results[1][0])
-    assert all(map(torch.equal, *results))
-
-
 def test_a_bad_image_does_not_disturb_the_others(backend: str) -> None:
     sizes = [3, 4, 2]
     cost = random_cost(2, sizes, 5)
