@@ -4,8 +4,10 @@
     python -m benchmarks.table benchmarks/results/NAME.json
 
 The JSON has the commit (pytest-benchmark writes it), the device and the versions, and per row `extra_info`.
+With SOLQ_BENCHMARK_SECONDS in the environment, what would start later than so many seconds is skipped.
 """
 
+import os
 import statistics
 import time
 from typing import Any
@@ -13,6 +15,14 @@ from typing import Any
 import pytest
 import torch
 import triton
+
+START = time.monotonic()
+
+
+def pytest_runtest_setup() -> None:
+    seconds = float(os.environ.get("SOLQ_BENCHMARK_SECONDS", "inf"))
+    if time.monotonic() - START > seconds:
+        pytest.skip(f"the {seconds:.0f} seconds of SOLQ_BENCHMARK_SECONDS are over")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
