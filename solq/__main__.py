@@ -45,8 +45,11 @@ def main() -> None:
         import torch
         import tyro
 
+        from solq.command_line import one_line_complaints
+
         module = importlib.import_module(command.module)
-        settings = tyro.cli(getattr(module, command.settings), prog=f"solq {name}", args=arguments)
+        with one_line_complaints():
+            settings = tyro.cli(getattr(module, command.settings), prog=f"solq {name}", args=arguments)
         getattr(module, command.function)(settings)
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory ({_first_line(error)}): make the batch or the images smaller")

@@ -5,7 +5,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 import torch
@@ -19,13 +19,20 @@ def command_line(description: str | None = None, args: Sequence[str] | None = No
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=get_args(Preset), default="shapes")
     first.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    with one_line_complaints():
+        chosen, _ = first.parse_known_args(args)
+        cpu = chosen.device == "cpu" or (chosen.device == "auto" and not torch.cuda.is_available())
+        default = preset(chosen.preset, cpu=cpu)
+        return tyro.cli(TrainConfig, default=default, description=description, args=args)
+
+
+@contextlib.contextmanager
+def one_line_complaints() -> Iterator[None]:
+    """What argparse or tyro complains about ends the program in one line."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            chosen, _ = first.parse_known_args(args)
-            cpu = chosen.device == "cpu" or (chosen.device == "auto" and not torch.cuda.is_available())
-            default = preset(chosen.preset, cpu=cpu)
-            return tyro.cli(TrainConfig, default=default, description=description, args=args)
+            yield
     except SystemExit as end:
         if not end.code:  # --help
             raise

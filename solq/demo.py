@@ -40,6 +40,8 @@ def demo(config: DemoConfig) -> None:
         OSError, ValueError: the checkpoint or the device cannot be used, or the port is taken.
         ImportError: Gradio is not installed.
     """
+    if config.port is not None and not 0 < config.port < 2**16:
+        raise ValueError(f"port is {config.port}, must be in 1..65535")
     page = build_page(Predictor(config.checkpoint, device=config.device), config.threshold)
     page.launch(server_name=config.host, server_port=config.port, show_error=True)
 

@@ -71,7 +71,11 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     """
     console = Console()
     device = choose_device(config.device)
+    for name, least in (("size", 1), ("max_size", 1), ("batch_size", 1), ("workers", 0)):
+        if (number := getattr(config, name)) is not None and number < least:
+            raise ValueError(f"{name} is {number}, must be at least {least}")
     model = load(config.checkpoint)
+    config.output.mkdir(parents=True, exist_ok=True)  # before hours of computing
     size, max_size = config.size or model.meta.eval_scale, config.max_size or model.meta.max_size
     folder = config.images or config.data / config.split
     annotations = config.data / "annotations" / f"instances_{config.split}.json"
@@ -103,7 +107,6 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     if not evaluator.image_ids:
         raise ValueError(f"no image of {dataset.coco_json} can be read: restore the files in {dataset.images}")
 
-    config.output.mkdir(parents=True, exist_ok=True)
     evaluator.save(config.output / "results.json")
     metrics = evaluator.summarize(per_class=config.per_class)
     console.print(table(metrics))
@@ -143,7 +146,6 @@ def predict_listed(config: EvalConfig, model: SOLQ, folder: Path, image_list: Pa
             assert isinstance(prediction.source, Path)
             results += prediction.detections.to_coco(images[prediction.source])
             progress.advance(task)
-    config.output.mkdir(parents=True, exist_ok=True)
     (config.output / "results.json").write_text(json.dumps(results))
     console.print(f"{image_list} has no annotations to score against: results.json is in {config.output}")
 

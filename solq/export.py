@@ -71,17 +71,17 @@ def export(config: ExportConfig) -> None:
             raise ValueError(f"device is {config.device} but ONNX files are made on the CPU: leave --device out")
         _require_onnx()
     path = config.output or config.checkpoint.with_name(config.checkpoint.stem + SUFFIXES[config.format])
-    if config.format == "aoti":
-        if path.suffix != ".pt2":
-            raise ValueError(f"output is {path}, must end in .pt2")
-        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise OSError("AOTInductor needs a C++ compiler: install g++ or clang++, or name yours in CXX")
+    ending = ".onnx" if config.format == "onnx" else ".pt2"
+    if path.suffix != ending or path.is_dir():
+        raise ValueError(f"output is {path}, must be a file whose name ends in {ending}")
+    if config.format == "aoti" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise OSError("AOTInductor needs a C++ compiler: install g++ or clang++, or name yours in CXX")
     model = load(config.checkpoint).to(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
     limits = size_limits(model, config)
     detector = Detector(model, config.top_k)
     program = trace(detector, limits, plain_sampling=config.format == "onnx")
     description = describe(detector, limits, config.format, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(program, description, path, config.format)
     print(json.dumps(description["inputs"] | description["outputs"], indent=2, ensure_ascii=False))
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), which holds this description")

@@ -103,7 +103,7 @@ def predict(config: PredictConfig) -> None:
         device=config.device,
         dtype=DTYPES[config.dtype],
         compile=config.compile,
-        class_names=None if config.class_names is None else config.class_names.read_text().splitlines(),
+        class_names=None if config.class_names is None else read_lines(config.class_names),
         size=config.size,
         max_size=config.max_size,
         batch_size=config.batch_size,
@@ -178,6 +178,15 @@ def _predict_video(
                 progress.advance(task)
         except KeyboardInterrupt:  # how a webcam is ended: what was seen so far is kept
             return
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: write the name of each class on a line") from error
 
 
 def output_names(files: Sequence[Path], ending: str) -> list[str]:

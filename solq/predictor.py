@@ -65,7 +65,7 @@ class Predictor:
 
     Raises:
         FileNotFoundError, ValueError: see :func:`solq.load`; class names of another number than the model's classes;
-            no such device.
+            a number below 1; no such device.
     """
 
     def __init__(
@@ -84,10 +84,15 @@ class Predictor:
         model = load(model) if isinstance(model, str | Path) else model
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}, must be torch.float32, torch.bfloat16 or torch.float16")
+        for name, number in (("size", size), ("max_size", max_size), ("batch_size", batch_size), ("workers", workers)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}, must be at least 1")
         self.meta = model.meta
         if class_names is not None:
             if not class_names:
-                raise ValueError(f"class_names is empty but the model has {model.config.num_classes} classes")
+                raise ValueError(
+                    f"class_names is empty but the model has {model.config.num_classes} classes: give one for each"
+                )
             check_length("class_names", list(class_names), model.config.num_classes)
             self.meta = replace(model.meta, class_names=list(class_names))
         self.device = choose_device(device)
@@ -259,8 +264,12 @@ def choose_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}, must be auto, cpu, cuda or cuda:<number>") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(chosen)!r}, must be auto, cpu, cuda or cuda:<number>")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device} but torch finds no GPU: use cpu, or check the driver")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device} but torch finds {torch.cuda.device_count()} GPUs, numbered from 0")
     return chosen
 
 

@@ -144,6 +144,11 @@ def test_threshold_out_of_range(page: Page) -> None:
         demo.build_page(page.predictor, 2)
 
 
+def test_port_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"port is 99999, must be in 1\.\.65535"):
+        demo.demo(demo.DemoConfig(tmp_path / "model.safetensors", port=99999))
+
+
 def test_without_gradio(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"pip install solq\[demo\]"):

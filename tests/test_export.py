@@ -206,7 +206,8 @@ def test_smallest_size(config: ModelConfig, size: int) -> None:
         ({"max_batch": 1}, "max_batch is 1, must be at least 2"),
         ({"top_k": 0}, "top_k is 0, must be at least 1"),
         ({"format": "onnx", "device": "tpu"}, "device is 'tpu'"),
-        ({"format": "aoti", "output": Path("x.so")}, "output is x.so, must end in .pt2"),
+        ({"format": "aoti", "output": Path("x.so")}, "output is x.so, must be a file whose name ends in .pt2"),
+        ({"format": "onnx", "output": Path("x.pt2")}, "output is x.pt2, must be a file whose name ends in .onnx"),
     ],
 )
 def test_bad_settings(checkpoint: Path, changes: dict, message: str) -> None:

@@ -143,6 +143,10 @@ def test_predict_refuses_what_cannot_work(monkeypatch, checkpoint, tmp_path):
     not_one.write_bytes(b"no checkpoint")
     cases: list[tuple[tuple[object, ...], str]] = [
         ((checkpoint, image, "--class-names", names), "class_names has 2 entries"),
+        ((checkpoint, image, "--class-names", image), "image.png is no text in UTF-8"),
+        ((checkpoint, image, "--class-names", tmp_path / "none.txt"), "none.txt: no such file"),
+        ((checkpoint, image, "--dtype", "int8"), "invalid choice 'int8' for argument '--dtype'"),
+        ((checkpoint, image, "--bogus", 3), "Unrecognized options: --bogus"),
         ((checkpoint, image, "--output", tmp_path), "give --output another folder"),
         ((not_one, image), "weights.pth is refused: it is damaged, or a pickle"),
         ((tmp_path / "missing.pth", image), "no such file"),
@@ -261,6 +265,16 @@ def test_eval_on_other_classes(monkeypatch, checkpoint, dataset, tmp_path):
     ended = str(run(monkeypatch, "eval", checkpoint, "--data", tmp_path, "--output", tmp_path))
     assert ended.startswith("error: ")
     assert "\n" not in ended
+
+
+def test_eval_refuses_what_cannot_work(monkeypatch, checkpoint, dataset, tmp_path):
+    for option, value, least in (("size", 0, 1), ("max-size", 0, 1), ("batch-size", 0, 1), ("workers", -1, 0)):
+        ended = run(monkeypatch, "eval", checkpoint, "--data", dataset, "--output", tmp_path, f"--{option}", value)
+        assert ended == f"error: {option.replace('-', '_')} is {value}, must be at least {least}"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("solq.evaluate_checkpoint.evaluate", None)  # found before anything is computed
+    ended = run(monkeypatch, "eval", checkpoint, "--data", dataset, "--output", tmp_path / "file")
+    assert str(ended).startswith("error: [Errno 17] File exists")
 
 
 def test_eval_without_annotations(monkeypatch, capsys, checkpoint, dataset, tmp_path):

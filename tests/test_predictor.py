@@ -15,7 +15,7 @@ import solq
 from solq.config import ModelMeta, preset
 from solq.models.solq import SOLQ
 from solq.postprocess import Detections
-from solq.predictor import Predictor, ahead, folder_images, read_rgb
+from solq.predictor import Predictor, ahead, choose_device, folder_images, read_rgb
 
 
 @pytest.fixture(scope="module")
@@ -359,8 +359,21 @@ def test_settings_that_cannot_be(model):
         Predictor(model, device="cuda" if not torch.cuda.is_available() else "nonsense")
     with pytest.raises(ValueError, match="device is 'nonsense', must be auto"):
         Predictor(model, device="nonsense")
+    with pytest.raises(ValueError, match="device is 'meta', must be auto"):
+        Predictor(model, device="meta")
+    for name in ("size", "max_size", "batch_size", "workers"):
+        with pytest.raises(ValueError, match=f"{name} is 0, must be at least 1"):
+            Predictor(model, **{name: 0})
     with pytest.raises(ValueError, match=r"dtype is torch\.int8, must be"):
         Predictor(model, dtype=torch.int8)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="device is cuda:2 but torch finds 2 GPUs, numbered from 0"):
+        choose_device("cuda:2")
 
 
 def test_a_path_is_loaded(model, tmp_path):
