@@ -319,7 +319,7 @@ def read_rgb(image: ImageLike) -> Tensor:
     if isinstance(image, str | Path | Image.Image):
         given = isinstance(image, Image.Image)
         try:
-            with nullcontext(image) if given else Image.open(image) as opened:
+            with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
                 return rgb_pixels(ImageOps.exif_transpose(opened))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{image}: no such file") from error

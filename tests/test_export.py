@@ -215,6 +215,12 @@ def test_bad_settings(checkpoint: Path, changes: dict, message: str) -> None:
         export.export(export.ExportConfig(checkpoint, **changes))
 
 
+def test_swin_is_refused(tmp_path: Path) -> None:
+    save(model(backbone="swin-t", backbone_norm="frozen"), tmp_path / "swin.safetensors")
+    with pytest.raises(ValueError, match=r"swin.safetensors has the backbone swin-t: only ResNets can be exported"):
+        export.export(export.ExportConfig(tmp_path / "swin.safetensors"))
+
+
 def test_missing_onnx(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install solq\[onnx\]"):
