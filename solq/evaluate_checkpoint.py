@@ -184,7 +184,7 @@ def measure(model: SOLQ, device: torch.device, dtype: torch.dtype) -> dict[str, 
     """
     model = model.to(device).eval()
     branch = model.vector_embed or model.mask_head
-    on_meta = copy.deepcopy(model).to("meta")
+    on_meta = copy.deepcopy(model).to("meta").requires_grad_(False)  # the counter asks views of weights for their graph
     counter = FlopCounterMode(display=False)
     with counter:
         on_meta(torch.zeros(1, 3, *INPUT_SIZE, device="meta"), torch.zeros(1, *INPUT_SIZE, device="meta") > 0)

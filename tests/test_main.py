@@ -17,6 +17,7 @@ import solq
 from solq.__main__ import COMMANDS, main
 from solq.config import ModelMeta, preset
 from solq.data import shapes
+from solq.evaluate_checkpoint import measure
 from solq.models.solq import SOLQ
 from solq.predict_files import image_ids, output_names
 
@@ -265,6 +266,17 @@ def test_eval_on_other_classes(monkeypatch, checkpoint, dataset, tmp_path):
     ended = str(run(monkeypatch, "eval", checkpoint, "--data", tmp_path, "--output", tmp_path))
     assert ended.startswith("error: ")
     assert "\n" not in ended
+
+
+@pytest.mark.parametrize("branch", ["unified", "separate", "none"])
+def test_costs_of_a_model_with_learned_queries(branch):
+    """As the published one, which has one stage."""
+    config = preset("shapes", cpu=True).model
+    model = SOLQ(replace(config, num_classes=3, two_stage=False, num_queries=5, mask_branch=branch)).eval()
+    costs = measure(model, torch.device("cpu"), torch.float32)
+    assert costs["flops"] > costs["mask_flops"]
+    assert (costs["mask_flops"] > 0) == (branch != "none")
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_eval_refuses_what_cannot_work(monkeypatch, checkpoint, dataset, tmp_path):
