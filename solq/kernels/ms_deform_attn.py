@@ -536,8 +536,8 @@ def max_registers(
     it needs. On sm_90, 64 are the most that keep half of all warps resident, and enough without spilling for the usual
     D, forward with locations or reference points, and backward in float32. Boxes forward, and backward the twice as
     many half-precision channels of a lane, spill with less than 72 (44 %) in one Triton version or another, and so does
-    the forward pass on sm_80 and sm_100; other D and float64 need more. Backward elsewhere it is left alone where
-    reductions are vectors of float32, and otherwise needs up to 220.
+    the forward pass on sm_80 and sm_100; other D and float64 need more, and half precision backward on sm_100 up to
+    96. Backward elsewhere it is left alone where reductions are vectors of float32, and otherwise needs up to 220.
     """
     if direction == "forward":
         if dtype == torch.float64 or D % 16 or D > 64:
@@ -547,6 +547,8 @@ def max_registers(
         return 255
     if architecture == "sm_90" and D in (32, 48, 64) and not grad_reference:
         return 64 if dtype == torch.float32 else 72
+    if architecture == "sm_100" and dtype.itemsize == 2 and D % 16 == 0 and not grad_reference:
+        return 96
     return None
 
 
