@@ -57,6 +57,22 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _place(num_queries, M: tl.constexpr, BLOCK_QUERIES: tl.constexpr):
+    """The image (int64) and head of this program, and the first query of its tile."""
+    tiles = tl.cdiv(num_queries, BLOCK_QUERIES)
+    place = tl.program_id(0) // tiles
+    return (place // M).to(tl.int64), place % M, tl.program_id(0) % tiles * BLOCK_QUERIES
+
+
+@triton.jit
+def _lanes(queries_left, BLOCK_QUERIES: tl.constexpr, LANES: tl.constexpr):
+    """Each lane's number within its query, and its query in the tile; past the last query that one is repeated."""
+    lane = tl.arange(0, BLOCK_QUERIES * LANES) % LANES
+    query = tl.arange(0, BLOCK_QUERIES * LANES) // LANES
+    return lane, tl.minimum(query, queries_left - 1), query < queries_left
+
+
+@triton.jit
 def _load_pairs(ptr, index):
     """x and y of the pairs number `index`, read in one load where a pair has at most 8 bytes."""
     dtype: tl.constexpr = ptr.dtype.element_ty
@@ -233,15 +249,9 @@ def _forward_kernel(
     K: tl.constexpr = L * P
     WORDS: tl.constexpr = CHANNELS // PACK
     STRIDE: tl.constexpr = M * D // PACK
-    tiles = tl.cdiv(num_queries, BLOCK_QUERIES)
-    image = (tl.program_id(0) // tiles // M).to(tl.int64)
-    head = tl.program_id(0) // tiles % M
-    first_query = tl.program_id(0) % tiles * BLOCK_QUERIES
-    lane = tl.arange(0, BLOCK_QUERIES * LANES) % LANES
-    query = tl.arange(0, BLOCK_QUERIES * LANES) // LANES  # counted from the program's first
-    in_queries = query < num_queries - first_query
-    query = tl.minimum(query, num_queries - first_query - 1)  # the last lanes may repeat the last query
-    first_query += image * num_queries
+    image, head, tile = _place(num_queries, M, BLOCK_QUERIES)
+    lane, query, in_queries = _lanes(num_queries - tile, BLOCK_QUERIES, LANES)
+    first_query = image * num_queries + tile
     value_ptr = _words(value_ptr, PACK) + image * num_rows * STRIDE + (head * D + channel_start) // PACK
     coordinates_ptr += (first_query * M + head) * (2 * K)
     weights_ptr += (first_query * M + head) * K
@@ -291,12 +301,12 @@ def _forward_kernel(
             )  # fmt: skip
 
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
-        tile = accumulators[first // BLOCK_WORDS * PACK]  # type: ignore[var-annotated]
+        sums = accumulators[first // BLOCK_WORDS * PACK]  # type: ignore[var-annotated]
         if PACK == 2:
-            tile = tl.interleave(tile, accumulators[first // BLOCK_WORDS * PACK + 1])
+            sums = tl.interleave(sums, accumulators[first // BLOCK_WORDS * PACK + 1])
         channel = _block(lane, first * PACK, CHANNELS, BLOCK_WORDS * PACK, LAST_BLOCK * PACK, LANES)
         mask = in_queries[:, None] & (channel < CHANNELS)
-        tl.store(output_ptr + query[:, None] * (M * D) + channel, tile, mask=mask)
+        tl.store(output_ptr + query[:, None] * (M * D) + channel, sums, mask=mask)
 
 
 @triton.jit
@@ -360,15 +370,9 @@ def _backward_kernel(
     WORDS: tl.constexpr = CHANNELS // PACK
     STRIDE: tl.constexpr = M * D // PACK
     GRAD_HALF: tl.constexpr = D // PACK  # the gradient of value has a head's even channels before its odd ones
-    tiles = tl.cdiv(num_queries, BLOCK_QUERIES)
-    image = (tl.program_id(0) // tiles // M).to(tl.int64)
-    head = tl.program_id(0) // tiles % M
-    first_query = tl.program_id(0) % tiles * BLOCK_QUERIES
-    lane = tl.arange(0, BLOCK_QUERIES * LANES) % LANES
-    query = tl.arange(0, BLOCK_QUERIES * LANES) // LANES  # counted from the program's first
-    in_queries = query < num_queries - first_query
-    query = tl.minimum(query, num_queries - first_query - 1)  # the last lanes may repeat the last query
-    first_query += image * num_queries
+    image, head, tile = _place(num_queries, M, BLOCK_QUERIES)
+    lane, query, in_queries = _lanes(num_queries - tile, BLOCK_QUERIES, LANES)
+    first_query = image * num_queries + tile
     value_ptr = _words(value_ptr, PACK) + image * num_rows * STRIDE + (head * D + channel_start) // PACK
     grad_value_ptr += image * num_rows * (STRIDE * PACK) + head * D + channel_start // PACK
     output_ptr = _words(output_ptr, PACK) + ((first_query * M + head) * D + channel_start) // PACK
@@ -395,7 +399,7 @@ def _backward_kernel(
 
     rows = tl.arange(0, BLOCK_QUERIES)[:, None]  # once per query, what is stored
     points = tl.arange(0, BLOCK_P)[None, :]
-    in_rows = rows < num_queries - tl.program_id(0) % tiles * BLOCK_QUERIES
+    in_rows = rows < num_queries - tile
     for level in range(L):
         height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
             shapes_ptr, starts_ptr, reference_ptr, query, level, L, P, REFERENCE, COMPUTE
