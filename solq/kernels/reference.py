@@ -11,6 +11,7 @@ from typing import Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
@@ -33,6 +34,7 @@ class _RowGradient(torch.autograd.Function):
         return bags.view_as(bags)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, weights = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:

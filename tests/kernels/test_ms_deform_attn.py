@@ -418,6 +418,15 @@ def test_errors_name_the_argument_in_one_line(backend: str, name: str, change, e
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_second_derivative_is_an_error(backend: str) -> None:
+    inputs = make("points", B=1, Q=1, P=1)
+    with use_backend(backend):
+        (gradient,) = torch.autograd.grad(call("points", inputs).square().sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiate twice|no autograd formula"):
+            gradient.sum().backward()
+
+
 def test_level_counts_that_disagree() -> None:
     value, locations, weights = make("plain")
     with pytest.raises(ValueError, match="sampling_locations has 3 levels but spatial_shapes has 4"):
