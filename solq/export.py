@@ -77,8 +77,6 @@ def export(config: ExportConfig) -> None:
     if config.format == "aoti" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise OSError("AOTInductor needs a C++ compiler: install g++ or clang++, or name yours in CXX")
     model = load(config.checkpoint).to(device)
-    if model.config.backbone.startswith("swin"):  # its windows are cut from sizes that torch.export fixes
-        raise ValueError(f"{config.checkpoint} has the backbone {model.config.backbone}: only ResNets can be exported")
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = size_limits(model, config)
     detector = Detector(model, config.top_k)

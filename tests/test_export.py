@@ -147,6 +147,18 @@ def test_file_gives_the_same_detections_in_a_fresh_process(
     check_same_detections(load(checkpoint), outputs)
 
 
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_swin_of_any_size(format: export.Format, tmp_path: Path) -> None:
+    """Its maps have one window or several, whole ones and padded ones."""
+    require(format)
+    swin = model(backbone="swin-t", backbone_norm="frozen")
+    save(swin, tmp_path / "swin.safetensors")
+    path = tmp_path / f"detector{export.SUFFIXES[format]}"
+    export.export(export.ExportConfig(tmp_path / "swin.safetensors", format, path, top_k=TOP_K))
+    _, outputs = run_in_fresh_process(format, path, tmp_path)
+    check_same_detections(swin, outputs)
+
+
 def test_separate_masks() -> None:
     detector = export.Detector(model(mask_branch="separate", width=64, num_coefficients=None, mask_size=None), TOP_K)
     images, padding_mask = batches()[0]
@@ -213,12 +225,6 @@ def test_smallest_size(config: ModelConfig, size: int) -> None:
 def test_bad_settings(checkpoint: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         export.export(export.ExportConfig(checkpoint, **changes))
-
-
-def test_swin_is_refused(tmp_path: Path) -> None:
-    save(model(backbone="swin-t", backbone_norm="frozen"), tmp_path / "swin.safetensors")
-    with pytest.raises(ValueError, match=r"swin.safetensors has the backbone swin-t: only ResNets can be exported"):
-        export.export(export.ExportConfig(tmp_path / "swin.safetensors"))
 
 
 def test_missing_onnx(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

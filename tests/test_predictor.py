@@ -271,13 +271,13 @@ def test_bad_images_leave_the_others_alone(predictor, tmp_path, caplog):
 
 
 def test_readers_that_raise_anything(tmp_path):
-    """Pillow's readers end with any exception: this one, of a file without pixels, with an IndexError."""
+    """Pillow's readers end with any exception: this one, of a file without pixels, in some versions with IndexError."""
     (tmp_path / "short.qoi").write_bytes(b"qoif" + struct.pack(">II", 8, 8) + b"\3\0")
-    with pytest.raises(OSError, match=r"short.qoi cannot be read as an image \(index out of range\)"):
+    with pytest.raises(OSError, match=r"short.qoi cannot be read as an image \("):
         read_rgb(tmp_path / "short.qoi")
     with (
         Image.open(tmp_path / "short.qoi") as lazy,
-        pytest.raises(OSError, match=r"it cannot be read as an image \(index out of range\)"),
+        pytest.raises(OSError, match=r"it cannot be read as an image \("),
     ):
         read_rgb(lazy)
 
