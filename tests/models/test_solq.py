@@ -1,5 +1,6 @@
-"""The whole model: its outputs, its initial values, the names of its weights, and that it compiles in one graph."""
+"""The whole model: its outputs, its initial values, the names of its weights, its training, and its one graph."""
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from solq.config import ModelConfig
 from solq.criterion import SetCriterion
 from solq.data.batch import PackedTargets
+from solq.kernels import use_backend
 from solq.matcher import HungarianMatcher
 from solq.models.solq import SOLQ
 
@@ -300,6 +302,55 @@ def test_weights_are_those_of_the_official_checkpoints(backbone: str, two_stage:
     else:
         some |= {"transformer.reference_points.weight": (2, 384), "query_embed.weight": (300, 768)}
     assert some.items() <= shapes.items()
+
+
+# ---- kernels
+
+
+def train(
+    model: SOLQ, device: torch.device, dtype: torch.dtype | None, steps: int
+) -> tuple[list[Tensor], list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Of some steps the matched queries and the losses, and the first step's gradients, all on the host."""
+    model = copy.deepcopy(model).to(device)
+    matcher = HungarianMatcher()
+    criterion = SetCriterion(matcher, model.mask_coding, decoder_layers=model.config.decoder_layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images, padding_mask = (x.to(device) for x in batch(32, 48))  # small, for the interpreter
+    objects = targets().to(device)
+    matches, losses, gradients = [], [], {}
+    for step in range(steps):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            outputs = model(images, padding_mask)
+        logits, boxes = outputs["pred_logits"][None], outputs["pred_boxes"][None]
+        matches.append(matcher.match(logits, boxes, objects.labels, objects.boxes, objects.offsets).cpu())
+        named = criterion(outputs, objects)
+        losses.append({name: loss.detach().cpu() for name, loss in named.items()})
+        optimizer.zero_grad()
+        criterion.total(named).backward()
+        if step == 0:
+            gradients = {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    return matches, losses, gradients
+
+
+# In bfloat16 two stages may choose another proposal for a rounding error.
+@pytest.mark.parametrize(("two_stage", "dtype"), [(False, None), (True, None), (False, torch.bfloat16)])
+def test_training_through_triton_is_that_through_the_reference(
+    two_stage: bool, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    model = perturbed(build(two_stage=two_stage, num_heads=2, backbone_norm="group"))
+    steps = 2 if dtype is None and not two_stage else 1
+    with use_backend("triton"):
+        matches, losses, gradients = train(model, device, dtype, steps)
+    with use_backend("reference"):
+        expected_matches, expected_losses, expected_gradients = train(model, torch.device("cpu"), dtype, steps)
+    torch.testing.assert_close(matches, expected_matches)
+    tolerance = 1e-4 if dtype is None else 3 * torch.finfo(dtype).eps
+    torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():
+        difference = (gradients[name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert difference < 20 * tolerance, name
 
 
 # ---- torch.compile
