@@ -893,13 +893,20 @@ _fused_op.register_autograd(_fused_backward, setup_context=_save_with_output)
 _library = torch.library.Library("solq", "FRAGMENT")
 
 
+def _under_autocast(value: Tensor) -> Tensor:
+    device_type = value.device.type
+    if value.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return value
+    return value.to(torch.get_autocast_dtype(device_type))
+
+
 def _register_autocast(name: str, device_type: str) -> None:
     operator = getattr(torch.ops.solq, name)
 
     def under_autocast(value: Tensor, *others: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
+        value = _under_autocast(value)
         with torch.autocast(device_type, enabled=False):
-            return operator(value if value.dtype == torch.float64 else value.to(dtype), *others)
+            return operator(value, *others)
 
     _library.impl(name, under_autocast, {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}[device_type])
 
@@ -1051,7 +1058,9 @@ def ms_deform_attn(
         {},
     )
     if backend_for(value) == "reference":
-        return reference.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        return reference.ms_deform_attn(
+            _under_autocast(value), spatial_shapes, level_start_index, sampling_locations, attention_weights
+        )
     shapes, starts = _on_device(spatial_shapes, value), _on_device(level_start_index, value)
     return torch.ops.solq.ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
 
@@ -1094,7 +1103,12 @@ def ms_deform_attn_fused(
     )
     if backend_for(value) == "reference":
         return reference.ms_deform_attn_fused(
-            value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
+            _under_autocast(value),
+            spatial_shapes,
+            level_start_index,
+            reference_points,
+            sampling_offsets,
+            attention_logits,
         )
     shapes, starts = _on_device(spatial_shapes, value), _on_device(level_start_index, value)
     return torch.ops.solq.ms_deform_attn_fused(

@@ -30,7 +30,7 @@ class _RowGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bags: Tensor, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(index, weights)
-        ctx.num_rows = len(rows)
+        ctx.num_rows = rows.shape[0]  # `len` would make a constant of a size that is dynamic
         return bags.view_as(bags)
 
     @staticmethod

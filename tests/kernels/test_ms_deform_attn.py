@@ -287,14 +287,16 @@ class TestTriton:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert_near(first, results(form, in_float64(inputs), module=reference), 5e-6)
 
-    def test_autocast_rounds_value_only(self) -> None:
+    @pytest.mark.parametrize("backend", ["reference", "triton"])
+    def test_autocast_rounds_value_only(self, backend: str) -> None:
         inputs = make("points", B=1, dtype=torch.float32)
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-            output, *gradients = results("points", inputs)
+        with use_backend(backend):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+                output, *gradients = results("points", inputs)
+            rounded = [inputs[0].detach().bfloat16().requires_grad_(), *inputs[1:]]
+            assert torch.equal(output, call("points", rounded))
         assert output.dtype == torch.bfloat16
         assert all(gradient.dtype == torch.float32 for gradient in gradients)
-        rounded = [inputs[0].detach().bfloat16().requires_grad_(), *inputs[1:]]
-        assert torch.equal(output, call("points", rounded))
 
     @pytest.mark.parametrize("form", FORMS)
     def test_opcheck(self, form: str) -> None:
@@ -330,8 +332,9 @@ class TestTriton:
         found = torch.autograd.grad(compiled(*inputs), inputs, direction)
         assert_near(found, torch.autograd.grad(call(form, inputs), inputs, direction), 1e-5)
 
+    @pytest.mark.parametrize("backend", ["reference", "triton"])
     @pytest.mark.parametrize("form", ["plain", "points"])
-    def test_export(self, form: str) -> None:
+    def test_export(self, form: str, backend: str) -> None:
         class Attention(torch.nn.Module):
             def forward(self, *inputs: Tensor) -> Tensor:
                 return call(form, list(inputs))
@@ -339,9 +342,10 @@ class TestTriton:
         B, Q = torch.export.Dim("B", max=64), torch.export.Dim("Q", max=512)
         sizes = ({0: B}, *[{0: B, 1: Q}] * (2 if form == "plain" else 3))
         inputs = [tensor.detach() for tensor in make(form, B=2, Q=3)]
-        program = torch.export.export(Attention(), tuple(inputs), dynamic_shapes={"inputs": sizes})
-        other = [tensor.detach() for tensor in make(form, B=3, Q=4)]
-        assert_near([program.module()(*other)], [call(form, other)], 1e-12)
+        with use_backend(backend):
+            program = torch.export.export(Attention(), tuple(inputs), dynamic_shapes={"inputs": sizes})
+            other = [tensor.detach() for tensor in make(form, B=3, Q=4)]
+            assert_near([program.module()(*other)], [call(form, other)], 1e-12)
 
     @pytest.mark.gpu
     def test_does_not_wait_for_the_gpu(self) -> None:
