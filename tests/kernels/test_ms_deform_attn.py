@@ -239,6 +239,8 @@ class TestTriton:
 
     @pytest.mark.parametrize("form", FORMS)
     def test_non_finite_locations_sample_zero_within_bounds(self, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        if INTERPRETED and triton.__version__.startswith("3.6."):
+            pytest.skip("triton 3.6's interpreter takes the minimum of NaN and a number for NaN, unlike any GPU")
         inputs = make(form, B=1, Q=4, dtype=torch.float32)
         points = inputs[-2].detach()
         bad = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2e9, -1e10]
