@@ -895,7 +895,8 @@ _library = torch.library.Library("solq", "FRAGMENT")
 
 def _under_autocast(value: Tensor) -> Tensor:
     device_type = value.device.type
-    if value.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    # "meta" has no autocast, and older versions of torch raise when asked for it
+    if value.dtype == torch.float64 or value.is_meta or not torch.is_autocast_enabled(device_type):
         return value
     return value.to(torch.get_autocast_dtype(device_type))
 
