@@ -1,7 +1,8 @@
-"""The operator with the arguments that codebases give their own PyTorch function: no level starts."""
+"""The operator with the arguments that codebases give their own PyTorch function, and transformers its layer."""
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor
 
@@ -20,3 +21,17 @@ def attention(
     else:
         starts = [0, *accumulate(height * width for height, width in value_spatial_shapes[:-1])]
     return ms_deform_attn(value, value_spatial_shapes, starts, sampling_locations, attention_weights)
+
+
+def attention_layer(
+    self: Any,
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_spatial_shapes_list: Sequence[tuple[int, int]],
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """`MultiScaleDeformableAttention.forward` of most models of transformers."""
+    return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)

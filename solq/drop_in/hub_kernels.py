@@ -7,14 +7,13 @@ there is `solq.drop_in.transformers`.
 """
 
 import warnings
-from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from torch import Tensor, nn
+from torch import nn
 
+from solq.drop_in.attention import attention_layer
 from solq.drop_in.patching import Versions
-from solq.kernels import ms_deform_attn
 
 KNOWN_TO_WORK = Versions("kernels", "0.15", "0.17")
 
@@ -25,17 +24,7 @@ class MultiScaleDeformableAttention(nn.Module):
     can_torch_compile = True
     has_backward = True
 
-    def forward(
-        self,
-        value: Tensor,
-        value_spatial_shapes: Tensor,
-        value_spatial_shapes_list: Sequence[tuple[int, int]],
-        level_start_index: Tensor,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: int,
-    ) -> Tensor:
-        return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    forward = attention_layer
 
 
 class _ThisPackage:

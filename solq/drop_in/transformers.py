@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solq.drop_in.attention import Shapes, attention
+from solq.drop_in.attention import Shapes, attention, attention_layer
 from solq.drop_in.patching import Patch, Replacement, Versions
-from solq.kernels import linear_assignment, matching_cost, ms_deform_attn
+from solq.kernels import linear_assignment, matching_cost
 from solq.kernels.matching_cost import ClassCost
 
 KNOWN_TO_WORK = Versions("transformers", "4.57", "5.23")
@@ -35,20 +35,6 @@ HELD = "ms_deformable_attn_core"
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention. Parameters are named as in transformers: by them a definition is recognised.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _attention_layer(
-    self: Any,
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_spatial_shapes_list: Sequence[tuple[int, int]],
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
-) -> Tensor:
-    """`MultiScaleDeformableAttention.forward` of most models."""
-    return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
 
 def _attention_v2(
@@ -212,7 +198,7 @@ def _hold(self: Any, function: object) -> None:
 
 
 def _find() -> Iterator[Replacement]:
-    ours = {tuple(inspect.signature(f).parameters): f for f in (_attention_layer, attention, _attention_v2)}
+    ours = {tuple(inspect.signature(f).parameters): f for f in (attention_layer, attention, _attention_v2)}
     for module in _modeling_modules():
         holders = list(_holders(module))
         for owner, name in _definitions(module):

@@ -93,7 +93,6 @@ def test_the_patched_model_calls_our_operator(monkeypatch: pytest.MonkeyPatch) -
     def called(*arguments: object) -> None:
         raise ConnectionError("our operator was called")
 
-    monkeypatch.setattr("solq.drop_in.transformers.ms_deform_attn", called)
     monkeypatch.setattr("solq.drop_in.attention.ms_deform_attn", called)
     for make in (tiny_models.deformable_detr, tiny_models.d_fine, tiny_models.mask2former):
         model, inputs = made(make)
