@@ -19,11 +19,14 @@ class MSDeformAttn(nn.Module):
         n_points: sampling points per head and level.
 
     Raises:
-        ValueError: if the heads do not divide the width.
+        ValueError: if one of them is not positive, or the heads do not divide the width.
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()
+        if min(d_model, n_levels, n_heads, n_points) < 1:
+            given = f"{d_model}, {n_levels}, {n_heads} and {n_points}"
+            raise ValueError(f"d_model, n_levels, n_heads and n_points are {given}, must be at least 1")
         if d_model % n_heads:
             raise ValueError(f"d_model is {d_model}, must be a multiple of n_heads, which is {n_heads}")
         self.n_levels, self.n_heads, self.n_points = n_levels, n_heads, n_points
@@ -77,7 +80,7 @@ class MSDeformAttn(nn.Module):
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
         sampled = ms_deform_attn_fused(
-            value.view(B, -1, M, value.shape[-1] // M),
+            value.unflatten(-1, (M, -1)),
             input_spatial_shapes,
             input_level_start_index,
             reference_points,

@@ -11,7 +11,6 @@ from typing import Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
@@ -21,32 +20,55 @@ SpatialShapes = Tensor | Sequence[tuple[int, int]]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Once(torch.autograd.Function):
+    """A gradient, as it is. Its own gradient, to `sources` too, on which it depends unseen, is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("multi-scale deformable attention cannot be differentiated twice")
+
+
 class _RowGradient(torch.autograd.Function):
     """The gradient of an embedding bag to its rows: the bags of the transposed problem, found by one sort.
 
     The bag is torch's; its own gradient to the rows is many times slower and not reproducible on every device.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, bags: Tensor, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(index, weights)
-        ctx.num_rows = rows.shape[0]  # `len` would make a constant of a size that is dynamic
+    def forward(bags: Tensor, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return bags.view_as(bags)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        index, weights = ctx.saved_tensors
+        rows, index, weights = ctx.saved_tensors
+        if not torch.compiler.is_compiling():  # compiled graphs refuse by themselves, and torch 2.11 traces no error
+            grad = _Once.apply(grad, rows, weights)
         if not ctx.needs_input_grad[1]:
             return grad, None, None, None
         row, order = index.flatten().sort(stable=True)
-        starts = torch.searchsorted(row, torch.arange(ctx.num_rows, dtype=row.dtype, device=row.device))
+        starts = torch.searchsorted(row, torch.arange(rows.shape[0], dtype=row.dtype, device=row.device))
         grad_rows = F.embedding_bag(
             order // index.shape[1],
             grad.contiguous(),
             starts,
             mode="sum",
-            per_sample_weights=weights.flatten().take(order),
+            per_sample_weights=weights.detach().flatten().take(order),
         )
         return grad, grad_rows, None, None
 
@@ -109,8 +131,11 @@ def ms_deform_attn(
     index = bags([line + column for line, _ in down for column, _ in across])
     weights = bags([weight_y * weight_x for _, weight_y in down for _, weight_x in across])
     rows = value.to(compute).reshape(B * S * M, D)
-    output = F.embedding_bag(index, rows.detach(), mode="sum", per_sample_weights=weights)
-    output = _RowGradient.apply(output, rows, index, weights.detach())
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a graph has its operators' gradients only
+        output = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+    else:
+        output = F.embedding_bag(index, rows.detach(), mode="sum", per_sample_weights=weights)
+        output = _RowGradient.apply(output, rows, index, weights)
     return output.view(B, Q, M * D).to(value.dtype)
 
 
@@ -129,10 +154,10 @@ def ms_deform_attn_fused(
     if reference_points.shape[-1] == 2:  # offsets in pixels of each level
         shapes = _as_tensor(spatial_shapes, compute, value.device)
         locations = centres + offsets / shapes.flip(-1)[:, None]
-    else:  # offsets in half the box over P; far outside where not finite, for 0 · ∞ is no gradient
-        P = sampling_offsets.shape[-2]
-        offsets = torch.where(offsets.isfinite(), offsets, 1e30)
-        locations = centres[..., :2] + offsets * (centres[..., 2:] * (0.5 / P))
+    else:  # offsets in half the box over P; far outside where their product is not finite, for 0 · ∞ is no gradient
+        extents = (centres[..., 2:] * (0.5 / sampling_offsets.shape[-2])).expand_as(offsets)
+        finite = (offsets * extents).isfinite()
+        locations = centres[..., :2] + torch.where(finite, offsets, 1e30) * torch.where(finite, extents, 1)
     weights = attention_logits.to(compute).flatten(-2).softmax(-1).view(attention_logits.shape)
     return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
 

@@ -46,6 +46,18 @@ def test_heads_must_divide_the_width() -> None:
         MSDeformAttn(30)
 
 
+@pytest.mark.parametrize("name", ["d_model", "n_levels", "n_heads", "n_points"])
+def test_sizes_must_be_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}.* must be at least 1"):
+        MSDeformAttn(**{name: 0})
+
+
+def test_values_of_another_batch_are_named() -> None:
+    query, points, memory = inputs(2)
+    with pytest.raises(ValueError, match=r"sampling_offsets has shape \(2, .*\(B=1"):
+        MSDeformAttn(16, 2, 2, 2).to(DEVICE)(query, points, memory[:1], SHAPES, STARTS)
+
+
 def inputs(reference_size: int) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
     query, memory = torch.randn(2, 5, 16, device=DEVICE), torch.randn(2, 16, 16, device=DEVICE)

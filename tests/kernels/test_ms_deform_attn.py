@@ -142,6 +142,27 @@ class TestReference:
         assert torch.autograd.gradcheck(lambda *tensors: call(form, list(tensors), module=reference), inputs)
 
     @pytest.mark.parametrize("form", FORMS)
+    def test_functional_gradients(self, form: str) -> None:
+        def loss(inputs: list[Tensor]) -> Tensor:
+            return call(form, inputs, module=reference).square().sum()
+
+        inputs = make(form)
+        assert_near(torch.func.grad(loss)(inputs), torch.autograd.grad(loss(inputs), inputs), 1e-12)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+    @pytest.mark.parametrize(
+        ("argument", "numbers"), [(1, slice(2)), (1, slice(2, 4)), (2, slice(2))], ids=["centre", "size", "offset"]
+    )
+    def test_boxes_that_are_not_finite_sample_zero(self, argument: int, numbers: slice, bad: float) -> None:
+        inputs = make("boxes", B=1, dtype=torch.float32)
+        inputs[argument].data[:, 0, ..., numbers] = bad
+        output, *gradients = results("boxes", inputs, module=reference)
+        assert not output[:, 0].any()
+        assert output[:, 1:].any()
+        assert all(not gradient[:, 0].any() for gradient in gradients[1:])
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+    @pytest.mark.parametrize("form", FORMS)
     def test_compiles_as_one_graph(self, form: str) -> None:
         with use_backend("reference"):
             compiled = torch.compile(lambda *tensors: call(form, list(tensors)), fullgraph=True, backend="aot_eager")
@@ -349,6 +370,19 @@ class TestTriton:
             other = [tensor.detach() for tensor in make(form, B=3, Q=4)]
             assert_near([program.module()(*other)], [call(form, other)], 1e-12)
 
+    @pytest.mark.parametrize("backend", ["reference", "triton"])
+    @pytest.mark.parametrize("form", ["plain", "points"])
+    def test_exported_program_has_all_gradients(self, form: str, backend: str) -> None:
+        class Attention(torch.nn.Module):
+            def forward(self, *inputs: Tensor) -> Tensor:
+                return call(form, list(inputs))
+
+        inputs = make(form, B=1, Q=2)
+        with use_backend(backend):
+            program = torch.export.export(Attention(), tuple(inputs)).module()
+            found = torch.autograd.grad(program(*inputs).square().sum(), inputs)
+            assert_near(found, torch.autograd.grad(call(form, inputs).square().sum(), inputs), 1e-11)
+
     @pytest.mark.gpu
     def test_does_not_wait_for_the_gpu(self) -> None:
         inputs = make("points", dtype=torch.float32)
@@ -425,12 +459,16 @@ def test_errors_name_the_argument_in_one_line(backend: str, name: str, change, e
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_second_derivative_is_an_error(backend: str) -> None:
-    inputs = make("points", B=1, Q=1, P=1)
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_are_errors(form: str, backend: str) -> None:
+    inputs = make(form, B=1, Q=1, P=1)
     with use_backend(backend):
-        (gradient,) = torch.autograd.grad(call("points", inputs).square().sum(), inputs[0], create_graph=True)
-        with pytest.raises(RuntimeError, match=r"differentiate twice|no autograd formula"):
-            gradient.sum().backward()
+        for loss in (torch.sum, torch.linalg.vector_norm):  # the first one's gradient is a constant
+            gradients = torch.autograd.grad(loss(call(form, inputs)), inputs, create_graph=True)
+            for gradient in gradients:
+                for other in inputs:
+                    with pytest.raises(RuntimeError, match=r"differentiated twice|not implemented|no autograd formula"):
+                        torch.autograd.grad(gradient.sum(), other, retain_graph=True, allow_unused=True)
 
 
 def test_level_counts_that_disagree() -> None:
