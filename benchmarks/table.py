@@ -1,8 +1,9 @@
 """From the JSON of a benchmark run to Markdown tables and a chart: `python -m benchmarks.table RESULTS.json …`.
 
 Tables go to standard output, one per group of benchmarks, fastest first, with each contender's time relative to the
-fastest. `--readme FILE` puts them between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of a file instead,
-`--chart FILE.svg` draws the medians as bars.
+fastest: the median of the calls, or the time on the GPU where the benchmark has measured that. `--readme FILE` puts
+them between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of a file instead, `--chart FILE.svg` draws the
+times as bars.
 """
 
 import argparse
@@ -21,11 +22,20 @@ def groups(files: list[Path]) -> dict[str, list[dict[str, Any]]]:
         for benchmark in json.loads(file.read_text())["benchmarks"]:
             group = benchmark["group"] or benchmark["fullname"].split("[")[0].split("/")[-1]
             found[group][benchmark["name"]] = benchmark
-    return {group: sorted(rows.values(), key=lambda row: row["stats"]["median"]) for group, rows in found.items()}
+    return {group: sorted(rows.values(), key=seconds) for group, rows in found.items()}
+
+
+def seconds(row: dict[str, Any]) -> float:
+    """What contenders are compared by: the time on the GPU where it was measured, or else the median of the calls."""
+    return row["extra_info"].get("device_ms", row["stats"]["median"] * 1e3) / 1e3
 
 
 def cell(value: float | None, pattern: str) -> str:
     return "" if value is None else pattern.format(value)
+
+
+def milliseconds(value: float) -> str:
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value * 1e3:.0f} ms"
 
 
 def markdown(files: list[Path]) -> str:
@@ -39,16 +49,25 @@ def markdown(files: list[Path]) -> str:
             f"{run['datetime'][:10]}"
         )
     for group, rows in groups(files).items():
-        lines = [f"**{group}**", "", "| contender | median | relative | GB/s | of a copy | peak memory |"]
-        lines.append("|---|---|---|---|---|---|")
+        on_gpu = any("device_ms" in row["extra_info"] for row in rows)
+        titles = [
+            "contender",
+            "a call",
+            *(["on the GPU"] if on_gpu else []),
+            "relative",
+            "GB/s",
+            "of a copy",
+            "peak memory",
+        ]
+        lines = [f"**{group}**", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for row in rows:
-            median, extra = row["stats"]["median"], row["extra_info"]
+            extra = row["extra_info"]
             peak = extra.get("peak_bytes")
-            lines.append(
-                f"| {name(row)} | {median * 1e3:.3g} ms | {median / rows[0]['stats']['median']:.2f} "
-                f"| {cell(extra.get('GB/s'), '{:.3g}')} | {cell(extra.get('share_of_copy'), '{:.0%}')} "
-                f"| {cell(peak and peak / 2**20, '{:.0f} MiB')} |"
-            )
+            cells = [name(row), milliseconds(row["stats"]["median"])]
+            cells += [milliseconds(seconds(row))] if on_gpu else []
+            cells += [f"{seconds(row) / seconds(rows[0]):.2f}", cell(extra.get("GB/s"), "{:.3g}")]
+            cells += [cell(extra.get("share_of_copy"), "{:.0%}"), cell(peak and peak / 2**20, "{:.0f} MiB")]
+            lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -72,7 +91,7 @@ def chart(files: list[Path], target: Path) -> None:
         len(panels), 1, figsize=(8, 0.3 * sum(sizes) + 1), height_ratios=sizes, squeeze=False, layout="constrained"
     )
     for axis, (group, rows) in zip(axes.flat, panels.items(), strict=True):
-        axis.barh([name(row) for row in rows], [row["stats"]["median"] * 1e3 for row in rows])
+        axis.barh([name(row) for row in rows], [seconds(row) * 1e3 for row in rows])
         axis.invert_yaxis()
         axis.set_title(group, fontsize=9, loc="left")
         axis.set_xlabel("milliseconds", fontsize=8)
