@@ -4,9 +4,9 @@
 #     scripts/gpu_check.sh OUT_DIR [PIECE ...]
 #
 # Pieces: one per file benchmarks/bench_*.py by its name without "bench_" and ".py", tune, tests, report. Without pieces
-# all of them run, the kernels first. Each has a time limit, and all together ten minutes; benchmarks that would start
-# too late are skipped. A piece leaves OUT_DIR/PIECE.json (JUnit XML for the tests) and OUT_DIR/PIECE.log.
-# PYTHON chooses the interpreter.
+# all of them run, the kernels first. Each has a time limit; all together have ten minutes, and so has a piece that runs
+# alone. Benchmarks that would start too late are skipped, tests are interrupted. A piece leaves OUT_DIR/PIECE.json
+# (JUnit XML for the tests) and OUT_DIR/PIECE.log. PYTHON chooses the interpreter.
 set -uo pipefail
 out=${1:?usage: scripts/gpu_check.sh OUT_DIR [PIECE ...]}
 shift
@@ -38,13 +38,16 @@ if [ $# -eq 0 ]; then
 fi
 
 failed=0
+pieces=$#
 for piece in "$@"; do
     start=$SECONDS
     case $piece in
         ms_deform_attn) limit=180 ;;
-        tests | tune | report) limit=120 ;;
+        tests) limit=180 ;;
+        tune | report) limit=120 ;;
         *) limit=60 ;;
     esac
+    [ $pieces -gt 1 ] || limit=600
     left=$((600 - start))
     if [ $left -lt 10 ]; then
         echo "$piece: not run, ten minutes are over: scripts/gpu_check.sh OUT_DIR $piece"
@@ -61,8 +64,8 @@ for piece in "$@"; do
         *) command=(-m pytest "benchmarks/bench_$piece.py" --benchmark-only -q --benchmark-json="$out/$piece.json") ;;
     esac
     limit=$((limit < left ? limit : left))
-    # Benchmarks write their results at the end: the last ones are skipped in time.
-    SOLQ_BENCHMARK_SECONDS=$((limit * 3 / 4)) timeout -k 10 $limit "$python" "${command[@]}" >"$out/$piece.log" 2>&1
+    # Benchmarks write their results at the end: the last ones are skipped in time. Interrupted tests write theirs.
+    SOLQ_BENCHMARK_SECONDS=$((limit * 3 / 4)) timeout -s INT -k 10 $limit "$python" "${command[@]}" >"$out/$piece.log" 2>&1
     status=$?
     echo "$piece: exit $status, $((SECONDS - start)) s"
     [ $status -eq 0 ] || { failed=1; tail -n 15 "$out/$piece.log"; }
