@@ -21,7 +21,7 @@ _forced: Backend | None = None
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Serve every operator called inside the context by one backend.
+    """Serve every operator called inside the context by one backend, in all threads of the process.
 
     Args:
         backend: ``"reference"`` (plain PyTorch, any device) or ``"triton"`` (CUDA and HIP tensors; CPU tensors only
