@@ -15,16 +15,26 @@ How the kernels work
     alike; nothing in the loop over the points goes through shared memory, and there are no barriers in it.
     Of the two pixels along an axis the lower one is moved inside first, and hat functions give the weights: of what is
     outside they are zero. So no index is out of bounds, nothing is compared or masked per corner, and the rows of the
-    other three corners follow from the first by two additions. The softmax is in powers of two: one multiply-add.
+    other three corners follow from the first by two additions. The softmax is in powers of two: one addition
+    and one multiply-add, that keep their digits whatever the size of the logits.
     Two half-precision channels are read as one 32-bit word: two bfloat16 become float32 by one shift and one mask, and
     even and odd channels are separate float32 tiles, so that loads are 16 bytes per lane and so are the reductions of
     the backward pass, without exchange between lanes.
     The backward pass reads the same rows again instead of keeping anything. Each lane makes its part of the gradients
-    to x, y and weight before the lanes are summed, three sums per sample, and all that before the sample's reductions
-    to value's gradient, which need few registers. Those are vectorised, in float32 (float64 for float64), and skipped
+    to x, y and weight before the lanes are summed, three sums per sample. The sum Σ p·∂p in the
+    softmax's gradient is output · ∂output, so that gradient needs no second pass.
+
+The gradient of `value`
+    Each sample adds to four rows of it, by reductions in float32 (float64 for float64) that are vectorised, and skipped
     where a weight is zero; a half-precision gradient is rounded once, at the end, which costs 10 bytes of traffic per
-    element of `value` (clear, read, write) and spares half the digits.
-    The sum Σ p·∂p in the softmax's gradient is output · ∂output, so that gradient needs no second pass.
+    element of `value` (clear, read, write) and spares half the digits. The reductions have a loop of their own, after
+    the other gradients of a level: it computes the positions again, and needs other registers.
+    In an encoder, where queries are the pixels themselves and reductions are far more bytes than all else, another
+    kernel adds up what neighbours share first. A program takes 64 queries, 8 × 8 pixels, whose samples of one level
+    lie close together: row by row of a window of 16 × 16 pixels around their mean, the gradient is a matrix product,
+    hat functions (pixels, queries) times output gradients (queries, channels), on tensor cores, with operands split in
+    two so that nothing is rounded; one reduction per pixel of the window remains. What lies outside the window is added
+    corner by corner. Which 64 queries belong together is only a guess from S = Q, on which no result depends.
 
 Determinism
     All but the gradient of `value` is always bit-reproducible. Under `torch.use_deterministic_algorithms(True)` that
@@ -33,6 +43,7 @@ Determinism
     the largest sum possible, about 2⁻⁴⁰ of the largest output gradient at encoder shapes.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -43,7 +54,7 @@ import triton.language as tl
 from torch import Tensor
 
 from solq.kernels import reference
-from solq.kernels.runtime import LAUNCH_OPTIONS, architecture, backend_for, require_triton, warp_size
+from solq.kernels.runtime import INTERPRETED, LAUNCH_OPTIONS, architecture, backend_for, require_triton, warp_size
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 LevelStartIndex = Tensor | Sequence[int]
@@ -129,10 +140,30 @@ def _level(
         if REFERENCE == 4:
             scale_x *= tl.load(point_ptr + 2).to(COMPUTE) * (0.5 / P)
             scale_y *= tl.load(point_ptr + 3).to(COMPUTE) * (0.5 / P)
+            # All is outside a box whose size is not finite. A scale of 0 then keeps gradients from being 0 * infinity.
+            shift_x = tl.where(tl.abs(scale_x) < float("inf"), shift_x, float("nan"))
+            shift_y = tl.where(tl.abs(scale_y) < float("inf"), shift_y, float("nan"))
+            scale_x = tl.where(tl.abs(scale_x) < float("inf"), scale_x, 0.0)
+            scale_y = tl.where(tl.abs(scale_y) < float("inf"), scale_y, 0.0)
         else:
             scale_x = tl.full(query.shape, 1.0, COMPUTE)
             scale_y = scale_x
     return height, width, start, scale_x, scale_y, shift_x, shift_y
+
+
+@triton.jit
+def _load_sample(
+    coordinates_ptr, weights_ptr, sample, first_sample, softmax, level, REFERENCE: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """A sample of each query in a level of `_level`: its coordinates, its pixel position, and its weight."""
+    _height, _width, _start, scale_x, scale_y, shift_x, shift_y = level
+    x, y = _load_pairs(coordinates_ptr + 2 * sample, first_sample)
+    x = x.to(COMPUTE)
+    y = y.to(COMPUTE)
+    weight = tl.load(weights_ptr + sample + first_sample).to(COMPUTE)
+    if REFERENCE > 0:
+        weight = tl.exp2((weight - softmax[0]) * LOG2_E - softmax[1])
+    return x, y, x * scale_x + shift_x, y * scale_y + shift_y, weight
 
 
 @triton.jit
@@ -199,22 +230,29 @@ def _sum_lanes(parts, LANES: tl.constexpr):
 
 
 @triton.jit
-def _log_sum_exp(
+def _to_lanes(x, LANES: tl.constexpr):
+    """What each query (queries, 1) has, for each of its lanes."""
+    return x.broadcast_to([x.shape[0], LANES]).reshape([x.shape[0] * LANES])
+
+
+@triton.jit
+def _softmax_terms(
     logits_ptr, lane, K: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """log2 Σ exp over the K logits of each lane's query."""
+    """Of the K logits of each lane's query: the largest, and log2 Σ exp(logit - largest)."""
     EACH: tl.constexpr = BLOCK_K // LANES if BLOCK_K > LANES else 1
     largest = tl.full([lane.shape[0] // LANES, 1], float("-inf"), COMPUTE)
     total = tl.zeros_like(largest)
     for start in range(0, K, LANES * EACH):
         k = start + (lane * EACH)[:, None] + tl.arange(0, EACH)[None, :]
         logits = tl.load(logits_ptr[:, None] + k, mask=k < K, other=0.0).to(COMPUTE)
-        logits = tl.where(k < K, logits * LOG2_E, float("-inf")).reshape([largest.shape[0], LANES * EACH])
+        logits = tl.where(k < K, logits, float("-inf")).reshape([largest.shape[0], LANES * EACH])
         larger = tl.maximum(largest, tl.max(logits, axis=1, keep_dims=True))
         finite = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp2(largest - finite) + tl.sum(tl.exp2(logits - finite), axis=1, keep_dims=True)
+        total *= tl.exp2((largest - finite) * LOG2_E)
+        total += tl.sum(tl.exp2((logits - finite) * LOG2_E), axis=1, keep_dims=True)
         largest = larger
-    return (largest + tl.log2(total)).broadcast_to([largest.shape[0], LANES]).reshape([lane.shape[0]])
+    return _to_lanes(largest, LANES), _to_lanes(tl.log2(total), LANES)
 
 
 @triton.jit
@@ -258,28 +296,26 @@ def _forward_kernel(
     reference_ptr += first_query * (L * REFERENCE)
     output_ptr += (first_query * M + head) * D + channel_start
 
+    softmax = ()
     if REFERENCE > 0:
-        log_total = _log_sum_exp(weights_ptr + query * (M * K), lane, K, BLOCK_K, LANES, COMPUTE)
+        softmax = _softmax_terms(weights_ptr + query * (M * K), lane, K, BLOCK_K, LANES, COMPUTE)
     accumulators = ()
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
         word = _block(lane, first, WORDS, BLOCK_WORDS, LAST_BLOCK, LANES)
         for _half in tl.static_range(PACK):
             accumulators += (tl.zeros(word.shape, COMPUTE),)  # type: ignore[assignment]
 
-    for level in range(L):
-        height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
-            shapes_ptr, starts_ptr, reference_ptr, query, level, L, P, REFERENCE, COMPUTE
-        )
+    for index in range(L):
+        level = _level(shapes_ptr, starts_ptr, reference_ptr, query, index, L, P, REFERENCE, COMPUTE)
+        height, width, start = level[0], level[1], level[2]
         right = (width > 1).to(tl.int32)
         down = (height > 1).to(tl.int32) * width
         for point in range(P):
-            sample = level * P + point
-            x, y = _load_pairs(coordinates_ptr + 2 * sample, query * (M * K))
-            weight = tl.load(weights_ptr + sample + query * (M * K)).to(COMPUTE)
-            if REFERENCE > 0:
-                weight = tl.exp2(weight * LOG2_E - log_total)
-            left, _x, weight_l, weight_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
-            top, _y, weight_t, weight_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
+            _offset_x, _offset_y, x, y, weight = _load_sample(
+                coordinates_ptr, weights_ptr, index * P + point, query * (M * K), softmax, level, REFERENCE, COMPUTE
+            )
+            left, _x, weight_l, weight_r = _corners(x, width)
+            top, _y, weight_t, weight_b = _corners(y, height)
             weight_t *= weight
             weight_b *= weight
             row = start + top * width + left
@@ -361,9 +397,9 @@ def _backward_kernel(
     value_ptr, shapes_ptr, starts_ptr, reference_ptr, coordinates_ptr, weights_ptr,
     num_rows, num_queries, channel_start,
     M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
-    REFERENCE: tl.constexpr, GRAD_REFERENCE: tl.constexpr, COMPUTE: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, LANES: tl.constexpr, BLOCK_WORDS: tl.constexpr, LAST_BLOCK: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    REFERENCE: tl.constexpr, GRAD_REFERENCE: tl.constexpr, GRAD_VALUE: tl.constexpr, COMPUTE: tl.constexpr,
+    PACK: tl.constexpr, BLOCK_QUERIES: tl.constexpr, LANES: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    LAST_BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = value_ptr.dtype.element_ty
     K: tl.constexpr = L * P
@@ -384,9 +420,9 @@ def _backward_kernel(
     reference_ptr += first_query * (L * REFERENCE)
     grad_reference_ptr += (first_query * M + head) * (L * REFERENCE)
 
+    softmax = ()
     if REFERENCE > 0:
-        log_total = _log_sum_exp(weights_ptr + query * (M * K), lane, K, BLOCK_K, LANES, COMPUTE)
-        log_total = tl.where(in_queries, log_total, float("inf"))  # repeated queries have no weight
+        softmax = _softmax_terms(weights_ptr + query * (M * K), lane, K, BLOCK_K, LANES, COMPUTE)
     expected = tl.zeros(query.shape, COMPUTE)  # Σ weight · its gradient: each lane's part
     grads = ()
     for first in tl.static_range(0, WORDS, BLOCK_WORDS):
@@ -400,10 +436,9 @@ def _backward_kernel(
     rows = tl.arange(0, BLOCK_QUERIES)[:, None]  # once per query, what is stored
     points = tl.arange(0, BLOCK_P)[None, :]
     in_rows = rows < num_queries - tile
-    for level in range(L):
-        height, width, start, scale_x, scale_y, shift_x, shift_y = _level(
-            shapes_ptr, starts_ptr, reference_ptr, query, level, L, P, REFERENCE, COMPUTE
-        )
+    for index in range(L):
+        level = _level(shapes_ptr, starts_ptr, reference_ptr, query, index, L, P, REFERENCE, COMPUTE)
+        height, width, start, scale_x, scale_y = level[0], level[1], level[2], level[3], level[4]
         right = (width > 1).to(tl.int32)
         down = (height > 1).to(tl.int32) * width
         # Gradients of this level's points, collected: stored one by one, each would cost two barriers.
@@ -415,12 +450,11 @@ def _backward_kernel(
         extent_x = tl.zeros(query.shape, COMPUTE)
         extent_y = tl.zeros(query.shape, COMPUTE)
         for point in range(P):
-            sample = level * P + point
-            x, y = _load_pairs(coordinates_ptr + 2 * sample, query * (M * K))
-            weight = tl.load(weights_ptr + sample + query * (M * K)).to(COMPUTE)
-            weight = tl.exp2(weight * LOG2_E - log_total) if REFERENCE > 0 else tl.where(in_queries, weight, 0.0)
-            left, distance_x, weight_l, weight_r = _corners(x.to(COMPUTE) * scale_x + shift_x, width)
-            top, distance_y, weight_t, weight_b = _corners(y.to(COMPUTE) * scale_y + shift_y, height)
+            offset_x, offset_y, x, y, weight = _load_sample(
+                coordinates_ptr, weights_ptr, index * P + point, query * (M * K), softmax, level, REFERENCE, COMPUTE
+            )
+            left, distance_x, weight_l, weight_r = _corners(x, width)
+            top, distance_y, weight_t, weight_b = _corners(y, height)
             row = start + top * width + left
             dot_tl = _dot_row(
                 grads, value_ptr, lane, row,
@@ -455,38 +489,48 @@ def _backward_kernel(
                 centre_x += point_x
                 centre_y += point_y
                 if REFERENCE == 4:  # outside, offsets may be infinite
-                    extent_x += tl.where(point_x == 0.0, 0.0, point_x * x.to(COMPUTE))
-                    extent_y += tl.where(point_y == 0.0, 0.0, point_y * y.to(COMPUTE))
+                    extent_x += tl.where(point_x == 0.0, 0.0, point_x * offset_x)
+                    extent_y += tl.where(point_y == 0.0, 0.0, point_y * offset_y)
             here = points == point
             grad_x = tl.where(here, _sum_lanes(point_x * scale_x, LANES), grad_x)
             grad_y = tl.where(here, _sum_lanes(point_y * scale_y, LANES), grad_y)
             grad_weight = tl.where(here, _sum_lanes(point_weight, LANES), grad_weight)
 
-            weight_t *= weight
-            weight_b *= weight
-            _add_gradient(
-                grad_value_ptr, scale_ptr, lane, row, weight_t * weight_l, grads,
-                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
-            )  # fmt: skip
-            _add_gradient(
-                grad_value_ptr, scale_ptr, lane, row + right, weight_t * weight_r, grads,
-                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
-            )  # fmt: skip
-            _add_gradient(
-                grad_value_ptr, scale_ptr, lane, row + down, weight_b * weight_l, grads,
-                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
-            )  # fmt: skip
-            _add_gradient(
-                grad_value_ptr, scale_ptr, lane, row + down + right, weight_b * weight_r, grads,
-                STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
-            )  # fmt: skip
+        if GRAD_VALUE:  # in a loop of its own, which needs other registers
+            for point in range(P):
+                _offset_x, _offset_y, x, y, weight = _load_sample(
+                    coordinates_ptr, weights_ptr, index * P + point, query * (M * K), softmax, level, REFERENCE,
+                    COMPUTE,
+                )  # fmt: skip
+                weight = tl.where(in_queries, weight, 0.0)
+                left, _x, weight_l, weight_r = _corners(x, width)
+                top, _y, weight_t, weight_b = _corners(y, height)
+                weight_t *= weight
+                weight_b *= weight
+                row = start + top * width + left
+                _add_gradient(
+                    grad_value_ptr, scale_ptr, lane, row, weight_t * weight_l, grads,
+                    STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+                )  # fmt: skip
+                _add_gradient(
+                    grad_value_ptr, scale_ptr, lane, row + right, weight_t * weight_r, grads,
+                    STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+                )  # fmt: skip
+                _add_gradient(
+                    grad_value_ptr, scale_ptr, lane, row + down, weight_b * weight_l, grads,
+                    STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+                )  # fmt: skip
+                _add_gradient(
+                    grad_value_ptr, scale_ptr, lane, row + down + right, weight_b * weight_r, grads,
+                    STRIDE * PACK, GRAD_HALF, LANES, WORDS, BLOCK_WORDS, LAST_BLOCK, PACK,
+                )  # fmt: skip
 
         sample = rows * (M * K) + points
         mask = in_rows & (points < P)
-        _store_pairs(grad_coordinates_ptr + level * (2 * P), sample, grad_x, grad_y, mask)
-        tl.store(grad_weights_ptr + level * P + sample, grad_weight, mask=mask)
+        _store_pairs(grad_coordinates_ptr + index * (2 * P), sample, grad_x, grad_y, mask)
+        tl.store(grad_weights_ptr + index * P + sample, grad_weight, mask=mask)
         if GRAD_REFERENCE:  # of this head; the launcher adds the heads
-            point_ptr = grad_reference_ptr + level * REFERENCE + rows * (M * L * REFERENCE)
+            point_ptr = grad_reference_ptr + index * REFERENCE + rows * (M * L * REFERENCE)
             tl.store(point_ptr, _sum_lanes(centre_x, LANES) * width, mask=in_rows)
             tl.store(point_ptr + 1, _sum_lanes(centre_y, LANES) * height, mask=in_rows)
             if REFERENCE == 4:
@@ -494,11 +538,213 @@ def _backward_kernel(
                 tl.store(point_ptr + 3, _sum_lanes(extent_y, LANES) * height * (0.5 / P), mask=in_rows)
 
 
+@triton.jit
+def _strips(position, shapes_ptr, L: tl.constexpr, STRIP: tl.constexpr):
+    """The pixel number `position` when each level is read in strips of STRIP rows, a strip column by column."""
+    pixel = position
+    start = 0
+    for level in range(L):
+        height = tl.load(shapes_ptr + 2 * level).to(tl.int32)
+        width = tl.load(shapes_ptr + 2 * level + 1).to(tl.int32)
+        inside = (position >= start) & (position < start + height * width)
+        within = tl.where(inside, position - start, 0)
+        top = within // (STRIP * width) * STRIP
+        within -= top * width
+        rows = tl.minimum(height - top, STRIP)
+        pixel = tl.where(inside, start + (top + within % rows) * width + within // rows, pixel)
+        start += height * width
+    return pixel
+
+
+@triton.jit
+def _hat(distance):
+    return tl.maximum(1.0 - tl.abs(distance), 0.0)
+
+
+@triton.jit
+def _load_meeting(
+    coordinates_ptr, weights_ptr, sample, first_sample, softmax, in_queries, level, REFERENCE: tl.constexpr
+):  # fmt: skip
+    """Position and weight of a sample of each query; where it meets no pixel -2, -2, outside all windows, and 0."""
+    height, width = level[0], level[1]
+    _offset_x, _offset_y, x, y, weight = _load_sample(
+        coordinates_ptr, weights_ptr, sample, first_sample, softmax, level, REFERENCE, tl.float32
+    )
+    meets = in_queries & (x > -1.0) & (x < width) & (y > -1.0) & (y < height)
+    return tl.where(meets, x, -2.0), tl.where(meets, y, -2.0), tl.where(meets, weight, 0.0)
+
+
+@triton.jit
+def _is_inside(x, y, left, top, WINDOW: tl.constexpr):
+    """Whether all pixels that a sample meets are inside the window."""
+    return (x >= left) & (x < left + (WINDOW - 1)) & (y >= top) & (y < top + (WINDOW - 1))
+
+
+@triton.jit
+def _sum(x, y, count, other_x, other_y, other_count):
+    return x + other_x, y + other_y, count + other_count
+
+
+@triton.jit
+def _extent(above, below, outside, other_above, other_below, other_outside):
+    return tl.maximum(above, other_above), tl.maximum(below, other_below), outside | other_outside
+
+
+@triton.jit
+def _split(x, DTYPE: tl.constexpr):
+    """x as the sum of two numbers that a tensor core multiplies exactly: of bfloat16, or of float32 cut to TF32."""
+    if DTYPE == tl.float32:  # noqa: SIM108, SIM300
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    else:
+        high = x.to(DTYPE)
+    return high, (x - high.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def _multiply(weights, grads, PRECISION: tl.constexpr):
+    """weights @ the sum of the grads, which tensor cores multiply exactly."""
+    high, low = _split(weights, grads[0].dtype)
+    product = tl.dot(low, grads[0], input_precision=PRECISION)
+    if len(grads) == 2:
+        product = tl.dot(high, grads[1], product, input_precision=PRECISION)
+    return tl.dot(high, grads[0], product, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_to_value(grad_value_ptr, scale_ptr, index, contribution, mask):
+    """Reductions to value's gradient, in fixed point if it is one of integers."""
+    if grad_value_ptr.dtype.element_ty == tl.int64:
+        contribution = (contribution * tl.load(scale_ptr).to(contribution.dtype)).to(tl.int64)
+    tl.atomic_add(grad_value_ptr + index, contribution, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _add_outside(
+    grad_value_ptr, scale_ptr, grad_output_ptr, query, coordinates_ptr, weights_ptr, softmax, in_queries,
+    level, left, top, outside,
+    REFERENCE: tl.constexpr, P: tl.constexpr, SAMPLES: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The samples outside the window, corner by corner, of those points whose bit is set in `outside`."""
+    height, width, start = level[0], level[1], level[2]
+    for point in range(P):
+        if (outside >> point) & 1:
+            x, y, weight = _load_meeting(
+                coordinates_ptr, weights_ptr, point, query * SAMPLES, softmax, in_queries, level, REFERENCE
+            )
+            weight = tl.where(_is_inside(x, y, left, top, WINDOW), 0.0, weight)
+            for first in range(0, D, 16):
+                place = first + tl.arange(0, 16)[None, :]
+                grads = tl.load(grad_output_ptr + query * STRIDE + place, mask=in_queries & (place < D), other=0.0)
+                for corner in range(4):
+                    column = tl.floor(x).to(tl.int32) + corner % 2
+                    row = tl.floor(y).to(tl.int32) + corner // 2
+                    share = weight * _hat(x - column) * _hat(y - row)
+                    exists = (column >= 0) & (column < width) & (row >= 0) & (row < height) & (share != 0.0)
+                    index = (start + row * width + column).to(tl.int64) * STRIDE + place
+                    _add_to_value(grad_value_ptr, scale_ptr, index, grads * share, exists & (place < D))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _window_kernel(
+    grad_value_ptr, scale_ptr, grad_output_ptr, shapes_ptr, starts_ptr, reference_ptr, coordinates_ptr, weights_ptr,
+    num_rows,
+    M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, REFERENCE: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, STRIP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = L * P
+    image, head, tile = _place(num_rows, M, BLOCK_QUERIES)
+    position = tile + tl.arange(0, BLOCK_QUERIES)
+    in_queries = position < num_rows
+    query = _strips(tl.minimum(position, num_rows - 1), shapes_ptr, L, STRIP).to(tl.int64)
+    first_query = image * num_rows
+    grad_value_ptr += (first_query * M + head) * D
+    coordinates_ptr += (first_query * M + head) * (2 * K)
+    weights_ptr += (first_query * M + head) * K
+    reference_ptr += first_query * (L * REFERENCE)
+
+    across = ()  # the softmax's terms as (1, queries), and as (queries, 1)
+    down = ()
+    if REFERENCE > 0:
+        largest, total = _softmax_terms(weights_ptr + query * (M * K), tl.zeros_like(query), K, BLOCK_K, 1, tl.float32)
+        across = (largest[None, :], total[None, :])  # type: ignore[assignment]
+        down = (largest[:, None], total[:, None])  # type: ignore[assignment]
+    place = tl.arange(0, BLOCK_D)[None, :]
+    grad_output_ptr += (first_query * M + head) * D
+    grad_ptr = grad_output_ptr + query[:, None] * (M * D) + place
+    grads = (tl.load(grad_ptr, mask=in_queries[:, None] & (place < D), other=0.0).to(OPERAND),)
+    if grad_output_ptr.dtype.element_ty == tl.float32:
+        grads = _split(grads[0], tl.float32)
+
+    for index in range(L):
+        level = _level(shapes_ptr, starts_ptr, reference_ptr, query[None, :], index, L, P, REFERENCE, tl.float32)
+        height, width, start = level[0], level[1], level[2]
+        xs = ()
+        ys = ()
+        weights = ()
+        sum_x = tl.zeros([1, BLOCK_QUERIES], tl.float32)
+        sum_y = tl.zeros([1, BLOCK_QUERIES], tl.float32)
+        count = tl.zeros([1, BLOCK_QUERIES], tl.float32)
+        for point in tl.static_range(P):
+            x, y, weight = _load_meeting(
+                coordinates_ptr, weights_ptr, index * P + point, query[None, :] * (M * K), across,
+                in_queries[None, :], level, REFERENCE,
+            )  # fmt: skip
+            xs += (x,)  # type: ignore[assignment]
+            ys += (y,)  # type: ignore[assignment]
+            weights += (weight,)  # type: ignore[assignment]
+            sum_x += tl.where(weight != 0.0, x, 0.0)
+            sum_y += tl.where(weight != 0.0, y, 0.0)
+            count += tl.where(weight != 0.0, 1.0, 0.0)
+
+        # The window is put around the mean of the samples, so that few are outside.
+        sum_x, sum_y, count = tl.reduce((tl.ravel(sum_x), tl.ravel(sum_y), tl.ravel(count)), 0, _sum)
+        left = tl.maximum(tl.floor(sum_x / tl.maximum(count, 1.0)).to(tl.int32) - (WINDOW // 2 - 1), -1)
+        top = tl.maximum(tl.floor(sum_y / tl.maximum(count, 1.0)).to(tl.int32) - (WINDOW // 2 - 1), -1)
+        column = (left + tl.arange(0, WINDOW))[:, None]
+        along_x = ()  # of each point, the hat functions (WINDOW, queries)
+        in_window = ()
+        above = tl.full([1, BLOCK_QUERIES], -(1 << 30), tl.int32)  # minus the first row that is met
+        below = tl.full([1, BLOCK_QUERIES], -1, tl.int32)  # the last one
+        outside = tl.zeros([1, BLOCK_QUERIES], tl.int32)  # a bit for each point with samples outside
+        for point in tl.static_range(P):
+            inside = _is_inside(xs[point], ys[point], left, top, WINDOW)
+            upper = tl.floor(ys[point]).to(tl.int32)
+            above = tl.maximum(above, tl.where(inside, -upper, -(1 << 30)))
+            below = tl.maximum(below, tl.where(inside, upper + 1, -1))
+            outside |= tl.where(inside | (weights[point] == 0.0), 0, 1 << point)
+            along_x += (_hat(xs[point] - column.to(tl.float32)),)  # type: ignore[assignment]
+            in_window += (tl.where(inside, weights[point], 0.0),)  # type: ignore[assignment]
+        above, below, outside = tl.reduce((tl.ravel(above), tl.ravel(below), tl.ravel(outside)), 0, _extent)
+
+        first_row = tl.maximum(-above, 0)
+        # From 0, or else the compiler does not see that the rows' addresses are multiples of 16 bytes.
+        for step in range(0, tl.minimum(below + 1, height) - first_row):
+            row = first_row + step
+            window = tl.zeros([WINDOW, BLOCK_QUERIES], tl.float32)
+            for point in tl.static_range(P):
+                window += in_window[point] * _hat(ys[point] - row) * along_x[point]
+            _add_to_value(
+                grad_value_ptr, scale_ptr, (start + row * width + column).to(tl.int64) * (M * D) + place,
+                _multiply(window, grads, PRECISION), (column >= 0) & (column < width) & (place < D),
+            )  # fmt: skip
+
+        if outside > 0:
+            _add_outside(
+                grad_value_ptr, scale_ptr, grad_output_ptr, query[:, None], coordinates_ptr + 2 * index * P,
+                weights_ptr + index * P, down, in_queries[:, None],
+                _level(shapes_ptr, starts_ptr, reference_ptr, query[:, None], index, L, P, REFERENCE, tl.float32),
+                left, top, outside, REFERENCE, P, M * K, M * D, D, WINDOW,
+            )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CHANNELS = 256  # of a head, per launch; more are computed by several launches
+MAX_WINDOW_CHANNELS = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}
 FEW_ROWS = 32768  # B·Q·M up to which programs have one warp, to spread over all multiprocessors
 
 # (words per block, warps) measured by `python -m benchmarks.tune` on the architecture that the key names, which is
@@ -517,9 +763,10 @@ def launch_configuration(direction: str, architecture: str, D: int, dtype: torch
     Backward, a block is the largest power of two of words in a row (at most one row per warp), and the rest is one more
     block: 48 channels are 32 + 16, and a lane loads at most 16 + 8 bytes of each row. Forward, it is 32 channels, or
     half of a row where that is more: narrow blocks repeat the arithmetic of a sample in fewer lanes, and two blocks of
-    accumulators fit in the 64 registers that let half of all warps be resident. How many registers, and why, stands in
-    `max_registers`. Two warps need fewer than four in the backward pass, but 64-bit sums do not spill only with four.
-    `direction` is "forward", "backward" or "deterministic" (backward, fixed point).
+    accumulators fit in the 64 registers that let half of all warps be resident. Four warps share more rows in L1 than
+    two, and two need fewer registers in the backward pass. With few queries, and where the backward pass adds to
+    value's gradient itself, programs have one warp (`_launch`), which needs fewest.
+    `direction` is "forward" or "backward".
     """
     if (direction, architecture, D, dtype.itemsize) in LAUNCH_TABLE:
         return LAUNCH_TABLE[direction, architecture, D, dtype.itemsize]
@@ -528,30 +775,32 @@ def launch_configuration(direction: str, architecture: str, D: int, dtype: torch
     channels_of_a_block = 16 if dtype == torch.float64 else 32
     if direction == "forward":
         return min(whole_row, max(channels_of_a_block // pack, whole_row // 2)), 4
-    return min(whole_row, 128), 4 if direction == "deterministic" or dtype == torch.float64 else 2
+    return min(whole_row, 128), 2
 
 
-def max_registers(
-    direction: str, architecture: str, D: int, dtype: torch.dtype, reference: int, grad_reference: bool
-) -> int | None:
+def max_registers(direction: str, architecture: str, D: int, dtype: torch.dtype, spare: bool = False) -> int | None:
     """The registers that a launch may use per thread on NVIDIA, None for the compiler's choice.
 
     Left alone, the compiler sometimes spills one register to make room for one more warp, and sometimes takes more than
-    it needs. On sm_90, 64 are the most that keep half of all warps resident, and enough without spilling for the usual
-    D, forward with locations or reference points, and backward in float32. Boxes forward, and backward the twice as
-    many half-precision channels of a lane, spill with less than 72 (44 %) in one Triton version or another, and so does
-    the forward pass on sm_80 and sm_100; other D and float64 need more, and half precision backward on sm_100 up to
-    96. Backward elsewhere it is left alone where reductions are vectors of float32, and otherwise needs up to 220.
+    it needs. On sm_90, 64 are the most that keep half of all warps resident, and enough for the usual D and dtypes;
+    with gradients of reference points, and for an encoder of boxes, it is 72 (`spare`, 44 %). Other D and float64 need
+    more, and so does sm_100 backward in half precision. Where reductions are of one float or 64-bit integer each, the
+    backward pass needs up to 125. Windows hold a hat function per point for 16 pixels, 128 registers in bfloat16,
+    168 in float32: a quarter of all warps, which is enough as they wait for tensor cores and barriers, not for
+    scattered rows. With these bounds nothing spills in Triton 3.6 or 3.9.
+    `direction` is "forward", "backward", "deterministic" (backward, fixed point) or "windows".
     """
+    if direction == "windows":
+        return 255 if architecture == "sm_80" else 128 if dtype == torch.bfloat16 and D <= 64 else 168
     if direction == "forward":
         if dtype == torch.float64 or D % 16 or D > 64:
             return 128
-        return 64 if architecture == "sm_90" and reference != 4 else 72
+        return 64 if architecture == "sm_90" else 72
     if direction == "deterministic" or dtype == torch.float64 or architecture == "sm_80":
         return 255
-    if architecture == "sm_90" and D in (32, 48, 64) and not grad_reference:
-        return 64 if dtype == torch.float32 else 72
-    if architecture == "sm_100" and dtype.itemsize == 2 and D % 16 == 0 and not grad_reference:
+    if architecture == "sm_90" and D in (32, 48, 64):
+        return 72 if spare else 64
+    if architecture == "sm_100" and dtype.itemsize == 2 and D % 16 == 0:
         return 96
     return None
 
@@ -587,21 +836,65 @@ def _launch(
 ) -> None:  # fmt: skip
     """Launch for the channels from `first` on, at most MAX_CHANNELS, of every head."""
     B, S, M, D = value.shape
-    block_words, num_warps = launch_configuration(direction, architecture(value.device), D, value.dtype)
-    if B * Q * M <= FEW_ROWS:
+    target = architecture(value.device)
+    block_words, num_warps = launch_configuration(direction, target, D, value.dtype)
+    if B * Q * M <= FEW_ROWS or extra.get("GRAD_VALUE"):
         num_warps = 1
     constants = kernel_constants(
         value.dtype, M, L, P, D, first, reference, (block_words, num_warps), warp_size(value.device)
     )  # fmt: skip
     options: dict[str, Any] = dict(LAUNCH_OPTIONS)
-    if architecture(value.device).startswith("sm_"):
+    if target.startswith("sm_"):
+        fixed_point = extra.get("GRAD_VALUE") and tensors[0].dtype == torch.int64
         options["maxnreg"] = max_registers(
-            direction, architecture(value.device), D, value.dtype, reference, extra.get("GRAD_REFERENCE", False)
+            "deterministic" if fixed_point else direction, target, D, value.dtype, _needs_spare(reference, extra)
         )
     programs = triton.cdiv(Q, constants["BLOCK_QUERIES"]) * B * M
     if programs:
         with torch.cuda.device_of(value):
             kernel[(programs,)](*tensors, S, Q, first, **constants, **extra, num_warps=num_warps, **options)
+
+
+def _needs_spare(reference: int, extra: dict[str, Any]) -> bool:
+    """Whether a backward pass needs the registers that `max_registers` gives for `spare`."""
+    return extra.get("GRAD_REFERENCE", False) or (reference == 4 and not extra.get("GRAD_VALUE", True))
+
+
+def _in_windows(value: Tensor, Q: int, P: int) -> bool:
+    """Whether value's gradient is summed in windows: in an encoder, whose queries are the pixels themselves."""
+    B, S, M, D = value.shape
+    return Q == S and B * Q * M > FEW_ROWS and P <= 4 and MAX_WINDOW_CHANNELS.get(value.dtype, 0) >= D
+
+
+def window_constants(dtype: torch.dtype, M: int, L: int, P: int, D: int, reference: int) -> dict[str, Any]:
+    """The compile-time arguments of the kernel that sums value's gradient in windows."""
+    # Two float16 numbers have not the range of the weights, and the interpreter multiplies bfloat16 wrongly.
+    operand = tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
+    return {
+        "M": M,
+        "L": L,
+        "P": P,
+        "D": D,
+        "REFERENCE": reference,
+        "OPERAND": operand,
+        "PRECISION": "ieee" if torch.version.hip else "tf32",
+        "BLOCK_QUERIES": 64,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "WINDOW": 16,
+        "STRIP": 8,
+        "BLOCK_K": min(64, triton.next_power_of_2(L * P)),
+    }
+
+
+def _launch_windows(tensors: list[Tensor], value: Tensor, L: int, P: int, reference: int) -> None:
+    B, S, M, D = value.shape
+    constants = window_constants(value.dtype, M, L, P, D, reference)
+    options: dict[str, Any] = dict(LAUNCH_OPTIONS)
+    if architecture(value.device).startswith("sm_"):
+        options["maxnreg"] = max_registers("windows", architecture(value.device), D, value.dtype)
+    programs = triton.cdiv(S, constants["BLOCK_QUERIES"]) * B * M
+    with torch.cuda.device_of(value):
+        _window_kernel[(programs,)](*tensors, S, **constants, num_warps=4, **options)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -673,20 +966,24 @@ def _launch_backward(
     grad_value = torch.zeros_like(inputs[2], dtype=torch.int64 if fixed_point else compute)
     # Where D takes several launches, each gives the points and weights a partial gradient.
     chunks = range(0, D, MAX_CHANNELS)
-    rounded = len(chunks) == 1
+    rounded = len(chunks) == 1 and compute == torch.float32
     grad_coordinates = coordinates.new_empty(len(chunks), *coordinates.shape, dtype=None if rounded else compute)
     grad_weights = weights.new_empty(len(chunks), *weights.shape, dtype=None if rounded else compute)
     grad_points = value.new_empty(len(chunks), B, Q, M, L, reference * grad_reference, dtype=compute)
+    in_windows = _in_windows(value, Q, P)
+    if in_windows:
+        _launch_windows([grad_value, scale, grad_output, *inputs[3:]], value, L, P, reference)
     for chunk, first in enumerate(chunks):
         gradients = [grad_value, grad_points[chunk], grad_coordinates[chunk], grad_weights[chunk], scale]
         _launch(
-            _backward_kernel, "deterministic" if fixed_point else "backward", [*gradients, *inputs],
+            _backward_kernel, "backward", [*gradients, *inputs],
             value, Q, L, P, first, reference,
-            GRAD_REFERENCE=grad_reference, BLOCK_P=triton.next_power_of_2(P),
+            GRAD_REFERENCE=grad_reference, GRAD_VALUE=not in_windows, BLOCK_P=triton.next_power_of_2(P),
         )  # fmt: skip
     if fixed_point:
         grad_value = (grad_value / scale).to(compute)
-    pack = _channels_per_word(value.dtype, D)  # where it is 2, the kernel put even channels before odd ones
+    # Where a word holds two channels, lanes add all even channels before all odd ones; windows keep the order.
+    pack = 1 if in_windows else _channels_per_word(value.dtype, D)
     grad_value = grad_value.view(B, S, M, pack, D // pack).mT.reshape(B, S, M, D).to(value.dtype)
     total = [g[0] if rounded else g.sum(0) for g in (grad_coordinates, grad_weights)]
     return (
@@ -716,66 +1013,108 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
         for direction in ("forward", "backward"):
             for target in ("sm_80", "sm_90", "sm_100", *(["gfx942"] if (D, form) == (48, 2) else [])):
                 yield _compile_case(direction, D, dtype, points_dtype, form, target)
+    for D, dtype, form in itertools.product((32, 48, 64), (torch.float32, torch.bfloat16), (2, 4)):
+        for target in ("sm_80", "sm_90", "sm_100", *(["gfx942"] if (D, form) == (48, 2) else [])):
+            yield _compile_case("backward", D, dtype, dtype, form, target, in_windows=True)
+            yield _compile_window_case(D, dtype, form, target)
+    for D, dtype, form in ((20, torch.bfloat16, 2), (128, torch.float16, 2), (48, torch.float16, 0)):
+        for target in ("sm_80", "sm_90", "sm_100"):
+            yield _compile_window_case(D, dtype, form, target, deterministic=D == 48)
     for dtype in (torch.float32, torch.bfloat16):
         for target in ("sm_80", "sm_90", "sm_100"):
             yield _compile_case("forward", 48, dtype, dtype, 2, target, few_rows=True)
-            yield _compile_case("backward", 48, dtype, dtype, 2, target, few_rows=True)
+            yield _compile_case("backward", 48, dtype, dtype, 2, target, few_rows=True, in_windows=True)
             yield _compile_case("backward", 48, dtype, dtype, 4, target, grad_reference=True)
+            yield _compile_case("backward", 48, dtype, dtype, 2, target, grad_reference=True, in_windows=True)
             yield _compile_case("backward", 48, dtype, dtype, 2, target, deterministic=True)
+
+
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+
+
+def _label(form: int, direction: str, D: int, dtype: torch.dtype, remarks: dict[str, bool]) -> str:
+    name = {0: "ms_deform_attn", 2: "ms_deform_attn_fused points", 4: "ms_deform_attn_fused boxes"}[form]
+    given = [remark for remark, holds in remarks.items() if holds]
+    return " ".join([name, direction, f"D={D}", str(dtype).removeprefix("torch."), *given])
 
 
 def _compile_case(
     direction: str, D: int, dtype: torch.dtype, points_dtype: torch.dtype, form: int, target: str, *,
-    few_rows: bool = False, grad_reference: bool = False, deterministic: bool = False,
+    few_rows: bool = False, grad_reference: bool = False, deterministic: bool = False, in_windows: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
-    compute = pointer[torch.promote_types(dtype, torch.float32)]
-    launched = "deterministic" if deterministic else direction
-    block_words, num_warps = launch_configuration(launched, target, D, dtype)
+    compute = POINTERS[torch.promote_types(dtype, torch.float32)]
+    block_words, num_warps = launch_configuration(direction, target, D, dtype)
     lanes = 64 if target == "gfx942" else 32
-    num_warps = 1 if few_rows else num_warps
+    if few_rows or (direction == "backward" and not in_windows):
+        num_warps = 1
     constants = kernel_constants(dtype, 8, 4, 4, D, 0, form, (block_words, num_warps), lanes)
     signature = {
-        "output_ptr": pointer[dtype],
-        "value_ptr": pointer[dtype],
+        "output_ptr": POINTERS[dtype],
+        "value_ptr": POINTERS[dtype],
         "shapes_ptr": "*i64",
         "starts_ptr": "*i64",
         "reference_ptr": "*fp64" if dtype == torch.float64 else "*fp32",
-        "coordinates_ptr": pointer[points_dtype],
-        "weights_ptr": pointer[points_dtype],
+        "coordinates_ptr": POINTERS[points_dtype],
+        "weights_ptr": POINTERS[points_dtype],
         "num_rows": "i32",
         "num_queries": "i32",
         "channel_start": "i32",
     }
     if direction == "backward":
-        constants |= {"GRAD_REFERENCE": grad_reference, "BLOCK_P": 4}
+        constants |= {"GRAD_REFERENCE": grad_reference, "GRAD_VALUE": not in_windows, "BLOCK_P": 4}
         signature |= {
             "grad_value_ptr": "*i64" if deterministic else compute,
             "grad_reference_ptr": compute,
-            "grad_coordinates_ptr": pointer[points_dtype],
-            "grad_weights_ptr": pointer[points_dtype],
+            "grad_coordinates_ptr": POINTERS[points_dtype],
+            "grad_weights_ptr": POINTERS[points_dtype],
             "scale_ptr": "*fp64",
-            "grad_output_ptr": pointer[dtype],
+            "grad_output_ptr": POINTERS[dtype],
         }
     usual = dtype != torch.float64 and D % 16 == 0 and not deterministic
     expectations: dict[str, Any] = {"targets": (target,)}
-    registers = max_registers(launched, target, D, dtype, form, grad_reference)
+    launched = "deterministic" if deterministic else direction
+    extra = {"GRAD_REFERENCE": grad_reference, "GRAD_VALUE": not in_windows}
+    registers = max_registers(launched, target, D, dtype, _needs_spare(form, extra))
     if target != "gfx942":
         expectations["options"] = {"maxnreg": registers}
     if usual:
         expectations["load"] = 16
         expectations["occupancy"] = 0.5 if registers == 64 else 0.25
-        expectations["vector_atomics"] = direction == "backward"
-    names = {0: "ms_deform_attn", 2: "ms_deform_attn_fused points", 4: "ms_deform_attn_fused boxes"}
-    remarks = [
-        r
-        for r, given in (("few rows", few_rows), ("with reference", grad_reference), ("deterministic", deterministic))
-        if given
-    ]
-    label = " ".join([names[form], direction, f"D={D}", str(dtype).removeprefix("torch."), *remarks])
+        expectations["vector_atomics"] = direction == "backward" and not in_windows
+    remarks = {
+        "few rows": few_rows,
+        "with reference": grad_reference,
+        "deterministic": deterministic,
+        "without value": in_windows,
+    }
+    label = _label(form, direction, D, dtype, remarks)
     aligned = [name for name in signature if name.endswith("_ptr")] + ["channel_start"]
     kernel = _forward_kernel if direction == "forward" else _backward_kernel
     return label, kernel, signature, constants, aligned, num_warps, 3, expectations
+
+
+def _compile_window_case(
+    D: int, dtype: torch.dtype, form: int, target: str, *, deterministic: bool = False
+) -> tuple[Any, ...]:
+    points = POINTERS[dtype if form else torch.float32]
+    signature = {
+        "grad_value_ptr": "*i64" if deterministic else "*fp32",
+        "scale_ptr": "*fp64",
+        "grad_output_ptr": POINTERS[dtype],
+        "shapes_ptr": "*i64",
+        "starts_ptr": "*i64",
+        "reference_ptr": "*fp32",
+        "coordinates_ptr": points,
+        "weights_ptr": points,
+        "num_rows": "i32",
+    }
+    constants = window_constants(dtype, 8, 4, 4, D, form)
+    expectations: dict[str, Any] = {"targets": (target,), "vector_atomics": D % 4 == 0 and not deterministic}
+    if target != "gfx942":
+        expectations["options"] = {"maxnreg": max_registers("windows", target, D, dtype)}
+    label = _label(form, "value gradient", D, dtype, {"deterministic": deterministic})
+    aligned = [name for name in signature if name.endswith("_ptr")]
+    return label, _window_kernel, signature, constants, aligned, 4, 3, expectations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -954,6 +1293,8 @@ def _check(
             raise TypeError(f"{name} is {tensor.dtype}, must be float16, bfloat16, float32 or float64")
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device} but value is on {value.device}: move one of them")
+        if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name} has a forward-mode tangent: there is only reverse mode here")
 
     if value.ndim != 4:
         raise ValueError(f"value has shape {_shape(value)}, must have 4 dimensions (B, S, M, D)")
@@ -1008,6 +1349,11 @@ def _check(
 @lru_cache(maxsize=4096)
 def _copied_to(device: torch.device, numbers: tuple[Any, ...]) -> Tensor:
     """Integers on a device. A copy from pinned memory does not make the host wait, and each is made once."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"spatial_shapes or level_start_index {numbers} was not seen before this CUDA graph is captured: "
+            "call the operator once before, or give tensors"
+        )
     with torch.inference_mode(False):
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
         return host.to(device, non_blocking=True)
@@ -1015,9 +1361,14 @@ def _copied_to(device: torch.device, numbers: tuple[Any, ...]) -> Tensor:
 
 def _on_device(given: SpatialShapes | LevelStartIndex, value: Tensor) -> Tensor:
     if isinstance(given, Tensor):
-        return given.to(value.device)
+        if given.device == value.device or not _is_readable(given):
+            return given.to(value.device)
+        given = given.tolist()
     if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
-        return torch.tensor(given, dtype=torch.int32, device=value.device)  # traced: becomes part of the graph
+        # Traced, numbers become part of the graph. Filled in on the device, they need no copy that the host waits for.
+        numbers = [n for entry in given for n in (entry if isinstance(entry, Sequence) else [entry])]
+        filled = [value.new_full((1,), n, dtype=torch.int32) for n in numbers]
+        return torch.cat(filled).view(len(given), *([2] if isinstance(given[0], Sequence) else []))
     return _copied_to(value.device, tuple(tuple(n) if isinstance(n, Sequence) else n for n in given))
 
 

@@ -408,6 +408,103 @@ class TestTriton:
         assert not output[:-1].any()
 
 
+class TestWindows:
+    """The gradient of `value` in an encoder, summed in windows."""
+
+    SHAPES = ((9, 11), (5, 6), (1, 1))
+
+    @pytest.fixture(autouse=True)
+    def _every_encoder(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+        with use_backend("triton"):
+            yield
+
+    def make(self, form: str, spread: float = 2.0, **options: object) -> list[Tensor]:
+        """One query per pixel, whose samples are some `spread` pixels away."""
+        centres = [
+            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in self.SHAPES
+        ]
+        inputs = make(
+            form,
+            Q=sum(map(len, centres)),
+            shapes=list(self.SHAPES),
+            **{"B": 1, "M": 1, "dtype": torch.float32} | options,
+        )
+        points = torch.cat(centres).flip(-1).to(inputs[-2].device)
+        P = inputs[-2].shape[4]
+        offsets = torch.randn(inputs[-2].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) * spread + 0.01
+        sizes = torch.tensor([(w, h) for h, w in self.SHAPES], device=DEVICE)
+        with torch.no_grad():
+            if form == "plain":
+                inputs[1].copy_(points[None, :, None, None, None] + offsets / sizes[:, None])
+            else:
+                inputs[1][..., :2] = points[None, :, None]
+                inputs[2].copy_(offsets * (P if form == "boxes" else 1))
+        return inputs
+
+    def check(self, form: str, inputs: list[Tensor], tolerance: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+        launched = []
+        launch = kernels._launch_windows
+        monkeypatch.setattr(kernels, "_launch_windows", lambda *given: launched.append(launch(*given)))
+        levels = {"shapes": list(self.SHAPES), "starts": starts_of(list(self.SHAPES))}
+        found = results(form, inputs, **levels)
+        assert len(launched) == 1
+        expected = results(form, in_float64(inputs), module=reference, **levels)
+        assert_near(found[:2], expected[:2], tolerance)  # others have bends where half-precision offsets meet pixels
+        return found[1]
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("spread", [0.5, 30.0])  # all inside one window; nearly all outside
+    def test_equals_reference(self, form: str, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.check(form, self.make(form, spread, D=20, P=3), 5e-6, monkeypatch)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = self.make("points", M=2, D=48, dtype=dtype)
+        self.check("points", inputs, 8 * torch.finfo(dtype).eps, monkeypatch)
+
+    @pytest.mark.parametrize(("weight", "gradient"), [(1e-7, 3e4), (1e5, 1e-4)])
+    def test_weights_beyond_half_precision(self, weight: float, gradient: float) -> None:
+        inputs = self.make("plain", dtype=torch.float16, points_dtype=torch.float32)
+        with torch.no_grad():
+            inputs[2].mul_(weight)
+        found = []
+        for tensors, module in ((inputs, kernels), (in_float64(inputs), reference)):
+            output = call("plain", tensors, list(self.SHAPES), starts_of(list(self.SHAPES)), module)
+            found += torch.autograd.grad(output, tensors[0], torch.full_like(output, gradient))
+        assert_near(found[:1], found[1:], 8 * torch.finfo(torch.float16).eps)
+
+    def test_deterministic(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = self.make("points", P=3)
+        torch.use_deterministic_algorithms(True)
+        try:
+            first = self.check("points", inputs, 5e-6, monkeypatch)
+            assert torch.equal(first, self.check("points", inputs, 5e-6, monkeypatch))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_locations_that_meet_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = self.make("plain")
+        bad = torch.tensor([float("inf"), -float("inf"), 3e38, -1e10, -1.0, 2.0], device=DEVICE)
+        with torch.no_grad():
+            inputs[1][:, ::2] = bad.repeat(inputs[1][:, ::2].numel() // 6 + 1)[: inputs[1][:, ::2].numel()].view_as(
+                inputs[1][:, ::2]
+            )
+        launch = kernels._launch_windows
+
+        def guarded(tensors: list[Tensor], *others: object) -> None:
+            """The same launch with 64 elements of nonsense around value's gradient, which alone is written."""
+            buffer = torch.full((tensors[0].numel() + 128,), 7.0, device=DEVICE)
+            inner = buffer[64:-64].view(tensors[0].shape)
+            inner.zero_()
+            launch([inner, *tensors[1:]], *others)
+            assert (torch.cat([buffer[:64], buffer[-64:]]) == 7).all()
+            tensors[0].copy_(inner)
+
+        monkeypatch.setattr(kernels, "_launch_windows", guarded)
+        assert self.check("plain", inputs, 5e-6, monkeypatch).isfinite().all()
+
+
 def broken(**changes: object) -> dict[str, object]:
     value, points, offsets, logits = (tensor.detach() for tensor in make("points", B=1))
     arguments = {
