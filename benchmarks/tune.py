@@ -1,7 +1,8 @@
 """Measure launch configurations on this machine's GPU: `python -m benchmarks.tune [--json FILE]`.
 
 Prints the entries of `LAUNCH_TABLE` in `solq/kernels/ms_deform_attn.py`: for every D and dtype in use the fastest words
-per block and warps, forward and backward, at the encoder's shape of an 800×1333 image. Copy them into the table.
+per block and warps, forward and backward, and queries and warps of the windows in which value's gradient is summed
+((0, 0): none pay), at the encoder's shape of an 800×1333 image. Copy them into the table.
 """
 
 import argparse
@@ -23,8 +24,10 @@ kernels = importlib.import_module("solq.kernels.ms_deform_attn")
 DEVICE = torch.device("cuda")
 
 
-def candidates(D: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Blocks of 8 to 128 words that a row fills at least half, with 1 to 8 warps."""
+def candidates(direction: str, D: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Blocks of 8 to 128 words that a row fills at least half, with 1 to 8 warps; windows of 32 to 128 queries."""
+    if direction == "windows":
+        return [(64, 4), (32, 2), (128, 8), (0, 0)]
     words = D // (2 if dtype.itemsize == 2 and D % 2 == 0 else 1)
     blocks = [block for block in (8, 16, 32, 64, 128) if block // 2 < words]
     return list(itertools.product(blocks, (1, 2, 4, 8)))
@@ -57,9 +60,9 @@ def main() -> None:
     header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     measured: list[dict[str, Any]] = []
     for dtype, D, direction in itertools.product(
-        (torch.bfloat16, torch.float32), arguments.channels, ("forward", "backward")
+        (torch.bfloat16, torch.float32), arguments.channels, ("forward", "windows", "backward")
     ):
-        times = {c: milliseconds(direction, D, dtype, c) for c in candidates(D, dtype)}
+        times = {c: milliseconds(direction, D, dtype, c) for c in candidates(direction, D, dtype)}
         best = min(times, key=times.__getitem__)
         rule = kernels.launch_configuration(direction, architecture(DEVICE), D, dtype)
         print(f'    ("{direction}", "{architecture(DEVICE)}", {D}, {dtype.itemsize}): {best},', flush=True)

@@ -575,6 +575,15 @@ def _load_meeting(
 
 
 @triton.jit
+def _expand(tensors, AXIS: tl.constexpr):
+    """Each of some one-dimensional tensors with a second axis, of one."""
+    expanded = ()
+    for i in tl.static_range(len(tensors)):
+        expanded += (tl.expand_dims(tensors[i], AXIS),)  # type: ignore[assignment]
+    return expanded
+
+
+@triton.jit
 def _is_inside(x, y, left, top, WINDOW: tl.constexpr):
     """Whether all pixels that a sample meets are inside the window."""
     return (x >= left) & (x < left + (WINDOW - 1)) & (y >= top) & (y < top + (WINDOW - 1))
@@ -657,19 +666,16 @@ def _window_kernel(
     image, head, tile = _place(num_rows, M, BLOCK_QUERIES)
     position = tile + tl.arange(0, BLOCK_QUERIES)
     in_queries = position < num_rows
-    query = _strips(tl.minimum(position, num_rows - 1), shapes_ptr, L, STRIP).to(tl.int64)
+    query = _strips(tl.minimum(position, num_rows - 1), shapes_ptr, L, STRIP)
     first_query = image * num_rows
     grad_value_ptr += (first_query * M + head) * D
     coordinates_ptr += (first_query * M + head) * (2 * K)
     weights_ptr += (first_query * M + head) * K
     reference_ptr += first_query * (L * REFERENCE)
 
-    across = ()  # the softmax's terms as (1, queries), and as (queries, 1)
-    down = ()
+    softmax = ()
     if REFERENCE > 0:
-        largest, total = _softmax_terms(weights_ptr + query * (M * K), tl.zeros_like(query), K, BLOCK_K, 1, tl.float32)
-        across = (largest[None, :], total[None, :])  # type: ignore[assignment]
-        down = (largest[:, None], total[:, None])  # type: ignore[assignment]
+        softmax = _softmax_terms(weights_ptr + query * (M * K), tl.zeros_like(query), K, BLOCK_K, 1, tl.float32)
     place = tl.arange(0, BLOCK_D)[None, :]
     grad_output_ptr += (first_query * M + head) * D
     grad_ptr = grad_output_ptr + query[:, None] * (M * D) + place
@@ -688,7 +694,7 @@ def _window_kernel(
         count = tl.zeros([1, BLOCK_QUERIES], tl.float32)
         for point in tl.static_range(P):
             x, y, weight = _load_meeting(
-                coordinates_ptr, weights_ptr, index * P + point, query[None, :] * (M * K), across,
+                coordinates_ptr, weights_ptr, index * P + point, query[None, :] * (M * K), _expand(softmax, 0),
                 in_queries[None, :], level, REFERENCE,
             )  # fmt: skip
             xs += (x,)  # type: ignore[assignment]
@@ -733,7 +739,7 @@ def _window_kernel(
         if outside > 0:
             _add_outside(
                 grad_value_ptr, scale_ptr, grad_output_ptr, query[:, None], coordinates_ptr + 2 * index * P,
-                weights_ptr + index * P, down, in_queries[:, None],
+                weights_ptr + index * P, _expand(softmax, 1), in_queries[:, None],
                 _level(shapes_ptr, starts_ptr, reference_ptr, query[:, None], index, L, P, REFERENCE, tl.float32),
                 left, top, outside, REFERENCE, P, M * K, M * D, D, WINDOW,
             )  # fmt: skip
@@ -747,8 +753,8 @@ MAX_CHANNELS = 256  # of a head, per launch; more are computed by several launch
 MAX_WINDOW_CHANNELS = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}
 FEW_ROWS = 32768  # B·Q·M up to which programs have one warp, to spread over all multiprocessors
 
-# (words per block, warps) measured by `python -m benchmarks.tune` on the architecture that the key names, which is
-# (pass, architecture, D, bytes per channel). No GPU has been measured yet: the rule of `launch_configuration` decides.
+# What `launch_configuration` gives, as measured by `python -m benchmarks.tune` on the architecture that the key names:
+# (direction, architecture, D, bytes per channel). No GPU has been measured yet: the rule of that function decides.
 LAUNCH_TABLE: dict[tuple[str, str, int, int], tuple[int, int]] = {}
 
 
@@ -766,10 +772,13 @@ def launch_configuration(direction: str, architecture: str, D: int, dtype: torch
     accumulators fit in the 64 registers that let half of all warps be resident. Four warps share more rows in L1 than
     two, and two need fewer registers in the backward pass. With few queries, and where the backward pass adds to
     value's gradient itself, programs have one warp (`_launch`), which needs fewest.
-    `direction` is "forward" or "backward".
+    `direction` is "forward", "backward" or "windows", whose numbers are queries and warps: 64 queries are 8 × 8 pixels,
+    and 16 queries per warp leave it the registers of `max_registers`. No queries at all means that windows do not pay.
     """
     if (direction, architecture, D, dtype.itemsize) in LAUNCH_TABLE:
         return LAUNCH_TABLE[direction, architecture, D, dtype.itemsize]
+    if direction == "windows":
+        return 64, 4
     pack = _channels_per_word(dtype, D)
     whole_row = 1 << ((min(D, MAX_CHANNELS) // pack).bit_length() - 1)
     channels_of_a_block = 16 if dtype == torch.float64 else 32
@@ -860,13 +869,20 @@ def _needs_spare(reference: int, extra: dict[str, Any]) -> bool:
     return extra.get("GRAD_REFERENCE", False) or (reference == 4 and not extra.get("GRAD_VALUE", True))
 
 
-def _in_windows(value: Tensor, Q: int, P: int) -> bool:
+def _in_windows(value: Tensor, coordinates: Tensor) -> bool:
     """Whether value's gradient is summed in windows: in an encoder, whose queries are the pixels themselves."""
     B, S, M, D = value.shape
-    return Q == S and B * Q * M > FEW_ROWS and P <= 4 and MAX_WINDOW_CHANNELS.get(value.dtype, 0) >= D
+    _, Q, _, _, P, _ = coordinates.shape
+    if Q != S or B * Q * M <= FEW_ROWS or P > 4 or MAX_WINDOW_CHANNELS.get(value.dtype, 0) < D:
+        return False
+    if max(value.numel(), coordinates.numel()) >= B << 31:  # offsets inside an image have 32 bits
+        return False
+    return launch_configuration("windows", architecture(value.device), D, value.dtype)[0] > 0
 
 
-def window_constants(dtype: torch.dtype, M: int, L: int, P: int, D: int, reference: int) -> dict[str, Any]:
+def window_constants(
+    dtype: torch.dtype, M: int, L: int, P: int, D: int, reference: int, queries: int
+) -> dict[str, Any]:  # fmt: skip
     """The compile-time arguments of the kernel that sums value's gradient in windows."""
     # Two float16 numbers have not the range of the weights, and the interpreter multiplies bfloat16 wrongly.
     operand = tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
@@ -878,7 +894,7 @@ def window_constants(dtype: torch.dtype, M: int, L: int, P: int, D: int, referen
         "REFERENCE": reference,
         "OPERAND": operand,
         "PRECISION": "ieee" if torch.version.hip else "tf32",
-        "BLOCK_QUERIES": 64,
+        "BLOCK_QUERIES": queries,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "WINDOW": 16,
         "STRIP": 8,
@@ -888,13 +904,15 @@ def window_constants(dtype: torch.dtype, M: int, L: int, P: int, D: int, referen
 
 def _launch_windows(tensors: list[Tensor], value: Tensor, L: int, P: int, reference: int) -> None:
     B, S, M, D = value.shape
-    constants = window_constants(value.dtype, M, L, P, D, reference)
+    target = architecture(value.device)
+    queries, num_warps = launch_configuration("windows", target, D, value.dtype)
+    constants = window_constants(value.dtype, M, L, P, D, reference, queries)
     options: dict[str, Any] = dict(LAUNCH_OPTIONS)
-    if architecture(value.device).startswith("sm_"):
-        options["maxnreg"] = max_registers("windows", architecture(value.device), D, value.dtype)
-    programs = triton.cdiv(S, constants["BLOCK_QUERIES"]) * B * M
+    if target.startswith("sm_"):
+        options["maxnreg"] = max_registers("windows", target, D, value.dtype)
+    programs = triton.cdiv(S, queries) * B * M
     with torch.cuda.device_of(value):
-        _window_kernel[(programs,)](*tensors, S, **constants, num_warps=4, **options)
+        _window_kernel[(programs,)](*tensors, S, **constants, num_warps=num_warps, **options)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -970,7 +988,7 @@ def _launch_backward(
     grad_coordinates = coordinates.new_empty(len(chunks), *coordinates.shape, dtype=None if rounded else compute)
     grad_weights = weights.new_empty(len(chunks), *weights.shape, dtype=None if rounded else compute)
     grad_points = value.new_empty(len(chunks), B, Q, M, L, reference * grad_reference, dtype=compute)
-    in_windows = _in_windows(value, Q, P)
+    in_windows = _in_windows(value, coordinates)
     if in_windows:
         _launch_windows([grad_value, scale, grad_output, *inputs[3:]], value, L, P, reference)
     for chunk, first in enumerate(chunks):
@@ -1017,7 +1035,12 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
         for target in ("sm_80", "sm_90", "sm_100", *(["gfx942"] if (D, form) == (48, 2) else [])):
             yield _compile_case("backward", D, dtype, dtype, form, target, in_windows=True)
             yield _compile_window_case(D, dtype, form, target)
-    for D, dtype, form in ((20, torch.bfloat16, 2), (128, torch.float16, 2), (48, torch.float16, 0)):
+    for D, dtype, form in (
+        (20, torch.bfloat16, 2),
+        (128, torch.bfloat16, 2),
+        (48, torch.float16, 0),
+        (64, torch.float16, 2),
+    ):
         for target in ("sm_80", "sm_90", "sm_100"):
             yield _compile_window_case(D, dtype, form, target, deterministic=D == 48)
     for dtype in (torch.float32, torch.bfloat16):
@@ -1108,13 +1131,14 @@ def _compile_window_case(
         "weights_ptr": points,
         "num_rows": "i32",
     }
-    constants = window_constants(dtype, 8, 4, 4, D, form)
+    queries, num_warps = launch_configuration("windows", target, D, dtype)
+    constants = window_constants(dtype, 8, 4, 4, D, form, queries)
     expectations: dict[str, Any] = {"targets": (target,), "vector_atomics": D % 4 == 0 and not deterministic}
     if target != "gfx942":
         expectations["options"] = {"maxnreg": max_registers("windows", target, D, dtype)}
     label = _label(form, "value gradient", D, dtype, {"deterministic": deterministic})
     aligned = [name for name in signature if name.endswith("_ptr")]
-    return label, _window_kernel, signature, constants, aligned, 4, 3, expectations
+    return label, _window_kernel, signature, constants, aligned, num_warps, 3, expectations
 
 
 # ---------------------------------------------------------------------------------------------------------------------

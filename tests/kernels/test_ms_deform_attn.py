@@ -10,6 +10,9 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
 from solq.kernels.runtime import INTERPRETED
@@ -383,6 +386,53 @@ class TestTriton:
             found = torch.autograd.grad(program(*inputs).square().sum(), inputs)
             assert_near(found, torch.autograd.grad(call(form, inputs).square().sum(), inputs), 1e-11)
 
+    @pytest.mark.parametrize("common", [1e4, -3e38])
+    def test_logits_of_any_size(self, common: float) -> None:
+        inputs = make("points", dtype=torch.float32)
+        with torch.no_grad():
+            inputs[-1].add_(common)
+        assert_near(results("points", inputs), results("points", in_float64(inputs), module=reference), 5e-6)
+
+    @pytest.mark.parametrize("size", [float("inf"), float("nan")])
+    def test_boxes_that_are_not_finite(self, size: float) -> None:
+        inputs = make("boxes", dtype=torch.float32)
+        with torch.no_grad():
+            inputs[1][:, :1, :, 2:] = size
+        output, *gradients = results("boxes", inputs)
+        assert not output[:, 0].any()
+        assert output[:, 1:].any()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_float64_value_with_bfloat16_points(self, form: str) -> None:
+        inputs = make(form, B=1, D=3, points_dtype=torch.bfloat16)
+        found, expected = results(form, inputs), results(form, in_float64(inputs), module=reference)
+        assert [gradient.dtype for gradient in found[1:]] == [tensor.dtype for tensor in inputs]
+        assert_near(found, expected, 2 * torch.finfo(torch.bfloat16).eps)
+
+    def test_traced_levels_are_made_on_the_device(self) -> None:
+        """A copy from the host in a compiled graph would make it wait, at each call."""
+        with FakeTensorMode():
+            value, *others = (torch.empty(t.shape, device="cuda") for t in make("points"))
+            graph = make_fx(lambda *tensors: ms_deform_attn_fused(tensors[0], SHAPES, starts_of(SHAPES), *tensors[1:]))
+            nodes = [str(node.target) for node in graph(value, *others).graph.nodes]
+        assert "solq.ms_deform_attn_fused.default" in nodes
+        assert not any("copy" in node or "lift" in node for node in nodes)
+
+    @pytest.mark.gpu
+    def test_cuda_graph(self) -> None:
+        inputs = [tensor.detach() for tensor in make("points", dtype=torch.float32)]
+        shapes = [(7, 2), (1, 1), (2, 4)]  # not seen before
+        with pytest.raises(RuntimeError, match="before this CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call("points", inputs, shapes, starts_of(shapes))
+        expected = call("points", inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call("points", inputs)
+        output.zero_()
+        graph.replay()
+        assert torch.equal(output, expected)
+
     @pytest.mark.gpu
     def test_does_not_wait_for_the_gpu(self) -> None:
         inputs = make("points", dtype=torch.float32)
@@ -566,6 +616,13 @@ def test_second_derivatives_are_errors(form: str, backend: str) -> None:
                 for other in inputs:
                     with pytest.raises(RuntimeError, match=r"differentiated twice|not implemented|no autograd formula"):
                         torch.autograd.grad(gradient.sum(), other, retain_graph=True, allow_unused=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_forward_mode_is_an_error(backend: str) -> None:
+    value, *others = (tensor.detach() for tensor in make("points", B=1, Q=1))
+    with use_backend(backend), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="value has a forward"):
+        call("points", [forward_ad.make_dual(value, torch.ones_like(value)), *others])
 
 
 def test_level_counts_that_disagree() -> None:

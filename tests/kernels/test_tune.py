@@ -23,19 +23,23 @@ def test_prints_entries_of_the_launch_table(
     tune.main()
     table = ast.literal_eval("{" + capsys.readouterr().out + "}")
     assert table == {
-        (direction, "sm_90", D, size): (16, 2)
-        for direction in ("forward", "backward")
+        (direction, "sm_90", D, size): (32, 2) if direction == "windows" else (16, 2)
+        for direction in ("forward", "windows", "backward")
         for D in (32, 48)
         for size in (2, 4)
     }
     measured = json.loads(file.read_text())["measured"]
     assert sum(row["best"] for row in measured) == len(table)
-    assert {row["direction"] for row in measured if row["rule"]} == {"forward", "backward"}  # the rule is a candidate
+    assert {row["direction"] for row in measured if row["rule"]} == {
+        "forward",
+        "windows",
+        "backward",
+    }  # the rule is a candidate
 
 
 def test_configurations_can_be_compiled() -> None:
     for D, dtype in ((32, torch.bfloat16), (48, torch.float32), (64, torch.float32)):
-        for configuration in tune.candidates(D, dtype):
+        for configuration in tune.candidates("backward", D, dtype):
             constants = tune.kernels.kernel_constants(dtype, 8, 4, 4, D, 0, 2, configuration, 32)
             assert constants["BLOCK_QUERIES"] * constants["LANES"] == 32 * configuration[1]
             assert constants["LAST_BLOCK"] % constants["LANES"] == 0
