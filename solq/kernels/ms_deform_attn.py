@@ -141,8 +141,8 @@ def _level(
             scale_x *= tl.load(point_ptr + 2).to(COMPUTE) * (0.5 / P)
             scale_y *= tl.load(point_ptr + 3).to(COMPUTE) * (0.5 / P)
             # All is outside a box whose size is not finite. A scale of 0 then keeps gradients from being 0 * infinity.
-            shift_x = tl.where(tl.abs(scale_x) < float("inf"), shift_x, float("nan"))
-            shift_y = tl.where(tl.abs(scale_y) < float("inf"), shift_y, float("nan"))
+            shift_x = tl.where(tl.abs(scale_x) < float("inf"), shift_x, float("-inf"))
+            shift_y = tl.where(tl.abs(scale_y) < float("inf"), shift_y, float("-inf"))
             scale_x = tl.where(tl.abs(scale_x) < float("inf"), scale_x, 0.0)
             scale_y = tl.where(tl.abs(scale_y) < float("inf"), scale_y, 0.0)
         else:
@@ -1046,7 +1046,6 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
     for dtype in (torch.float32, torch.bfloat16):
         for target in ("sm_80", "sm_90", "sm_100"):
             yield _compile_case("forward", 48, dtype, dtype, 2, target, few_rows=True)
-            yield _compile_case("backward", 48, dtype, dtype, 2, target, few_rows=True, in_windows=True)
             yield _compile_case("backward", 48, dtype, dtype, 4, target, grad_reference=True)
             yield _compile_case("backward", 48, dtype, dtype, 2, target, grad_reference=True, in_windows=True)
             yield _compile_case("backward", 48, dtype, dtype, 2, target, deterministic=True)

@@ -1,0 +1,69 @@
+"""Count the reductions that an encoder's gradient of `value` takes: `python -m benchmarks.reductions`.
+
+One per corner and sample, or what is left of them where 64 queries are summed in a window of 16 × 16 pixels first
+(`_window_kernel` in `solq/kernels/ms_deform_attn.py`): one per pixel of the rows that the window's samples meet, and
+one per corner of the samples outside. An image of 800 × 1333; offsets as Deformable DETR's initial ones, one to four
+pixels in the direction of each head, plus normal noise. No GPU is needed, and no time is measured.
+"""
+
+import argparse
+
+import torch
+
+from benchmarks.bench_ms_deform_attn import LARGE, Case, M, P
+
+QUERIES, STRIP, WINDOW = 64, 8, 16
+
+
+def strips(shapes: list[tuple[int, int]]) -> torch.Tensor:
+    """The pixels in the order of `_strips`."""
+    order, start = [], 0
+    for height, width in shapes:
+        level = torch.arange(start, start + height * width).view(height, width)
+        order += [strip.T.flatten() for strip in level.split(STRIP)]
+        start += height * width
+    return torch.cat(order)
+
+
+def count(head: int, noise: float) -> tuple[int, int]:
+    """Reductions of one head, without windows and with them, in rows of channels."""
+    shapes = Case(LARGE, 32, 1, decoder=False).shapes
+    order = strips(shapes)
+    centres = torch.cat(
+        [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
+    )[order]
+    angle = torch.tensor(2 * torch.pi * head / M)
+    direction = torch.stack([angle.cos(), angle.sin()])
+    direction = direction / direction.abs().max() * torch.arange(1, P + 1)[:, None]
+    corners = left_over = 0
+    for height, width in shapes:
+        size = torch.tensor([width, height])
+        position = centres[:, None] * size - 0.5 + direction + noise * torch.randn(len(order), P, 2)
+        meets = ((position > -1) & (position < size)).all(-1)
+        corners += 4 * int(meets.sum())
+        for samples, counts in zip(position.split(QUERIES), meets.split(QUERIES), strict=True):
+            samples = samples[counts]
+            if len(samples):
+                first = (samples.mean(0).floor() - (WINDOW // 2 - 1)).clamp(min=-1)
+                inside = ((samples >= first) & (samples < first + WINDOW - 1)).all(-1)
+                columns = min(int(first[0]) + WINDOW, width) - max(int(first[0]), 0)
+                rows = samples[inside, 1].floor()
+                if len(rows):
+                    left_over += columns * int((rows.max() + 1).clamp(max=height - 1) - rows.min().clamp(min=0) + 1)
+                left_over += 4 * int((~inside).sum())
+    return corners, left_over
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="standard deviation in pixels")
+    torch.manual_seed(0)
+    for noise in parser.parse_args().noise:
+        corners, left_over = (sum(numbers) for numbers in zip(*(count(head, noise) for head in range(M)), strict=True))
+        print(
+            f"noise of {noise} pixels: {corners:,} rows corner by corner, {left_over / corners:.0%} of them in windows"
+        )
+
+
+if __name__ == "__main__":
+    main()
