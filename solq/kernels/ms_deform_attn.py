@@ -814,6 +814,7 @@ def max_registers(direction: str, architecture: str, D: int, dtype: torch.dtype,
     return None
 
 
+@lru_cache
 def kernel_constants(
     dtype: torch.dtype, M: int, L: int, P: int, D: int, first: int, reference: int,
     configuration: tuple[int, int], lanes: int,
@@ -1083,7 +1084,7 @@ def _compile_case(
         "channel_start": "i32",
     }
     if direction == "backward":
-        constants |= {"GRAD_REFERENCE": grad_reference, "GRAD_VALUE": not in_windows, "BLOCK_P": 4}
+        constants = constants | {"GRAD_REFERENCE": grad_reference, "GRAD_VALUE": not in_windows, "BLOCK_P": 4}
         signature |= {
             "grad_value_ptr": "*i64" if deterministic else compute,
             "grad_reference_ptr": compute,
@@ -1309,6 +1310,7 @@ def _check(
     reference_points: dict[str, Tensor],
 ) -> None:
     """Raise an error that names the argument; `points`, `weights` and `reference_points` are {name: tensor}."""
+    eager = not torch.compiler.is_compiling()
     for name, tensor in {"value": value, **points, **weights, **reference_points}.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, must be a tensor")
@@ -1316,7 +1318,7 @@ def _check(
             raise TypeError(f"{name} is {tensor.dtype}, must be float16, bfloat16, float32 or float64")
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device} but value is on {value.device}: move one of them")
-        if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        if eager and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{name} has a forward-mode tangent: there is only reverse mode here")
 
     if value.ndim != 4:
