@@ -372,6 +372,14 @@ def _dot_row(
 
 
 @triton.jit
+def _reduce(pixel_ptr, scale_ptr, contribution, mask):
+    """Add to value's gradient, in fixed point if it is one of integers."""
+    if pixel_ptr.dtype.element_ty == tl.int64:
+        contribution = (contribution * tl.load(scale_ptr).to(contribution.dtype)).to(tl.int64)
+    tl.atomic_add(pixel_ptr, contribution, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def _add_gradient(
     grad_value_ptr, scale_ptr, lane, row, weight, grads,
     STRIDE: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
@@ -385,10 +393,9 @@ def _add_gradient(
             counts = counts & (word < WORDS)
         word_ptr = grad_value_ptr + row.to(tl.int64)[:, None] * STRIDE + word
         for half in tl.static_range(PACK):
-            contribution = grads[first // BLOCK_WORDS * PACK + half] * weight[:, None]
-            if grad_value_ptr.dtype.element_ty == tl.int64:
-                contribution = (contribution * tl.load(scale_ptr).to(contribution.dtype)).to(tl.int64)
-            tl.atomic_add(word_ptr + half * HALF, contribution, mask=counts, sem="relaxed")
+            _reduce(
+                word_ptr + half * HALF, scale_ptr, grads[first // BLOCK_WORDS * PACK + half] * weight[:, None], counts
+            )
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_queries"])
@@ -620,14 +627,6 @@ def _multiply(weights, grads, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_to_value(grad_value_ptr, scale_ptr, index, contribution, mask):
-    """Reductions to value's gradient, in fixed point if it is one of integers."""
-    if grad_value_ptr.dtype.element_ty == tl.int64:
-        contribution = (contribution * tl.load(scale_ptr).to(contribution.dtype)).to(tl.int64)
-    tl.atomic_add(grad_value_ptr + index, contribution, mask=mask, sem="relaxed")
-
-
-@triton.jit
 def _add_outside(
     grad_value_ptr, scale_ptr, grad_output_ptr, query, coordinates_ptr, weights_ptr, softmax, in_queries,
     level, left, top, outside,
@@ -650,8 +649,8 @@ def _add_outside(
                     row = tl.floor(y).to(tl.int32) + corner // 2
                     share = weight * _hat(x - column) * _hat(y - row)
                     exists = (column >= 0) & (column < width) & (row >= 0) & (row < height) & (share != 0.0)
-                    index = (start + row * width + column).to(tl.int64) * STRIDE + place
-                    _add_to_value(grad_value_ptr, scale_ptr, index, grads * share, exists & (place < D))
+                    pixel_ptr = grad_value_ptr + (start + row * width + column).to(tl.int64) * STRIDE + place
+                    _reduce(pixel_ptr, scale_ptr, grads * share, exists & (place < D))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -731,10 +730,9 @@ def _window_kernel(
             window = tl.zeros([WINDOW, BLOCK_QUERIES], tl.float32)
             for point in tl.static_range(P):
                 window += in_window[point] * _hat(ys[point] - row) * along_x[point]
-            _add_to_value(
-                grad_value_ptr, scale_ptr, (start + row * width + column).to(tl.int64) * (M * D) + place,
-                _multiply(window, grads, PRECISION), (column >= 0) & (column < width) & (place < D),
-            )  # fmt: skip
+            pixel_ptr = grad_value_ptr + (start + row * width + column).to(tl.int64) * (M * D) + place
+            exists = (column >= 0) & (column < width) & (place < D)
+            _reduce(pixel_ptr, scale_ptr, _multiply(window, grads, PRECISION), exists)
 
         if outside > 0:
             _add_outside(
