@@ -2,6 +2,7 @@
 
 import importlib
 from itertools import accumulate
+from typing import ClassVar
 
 import pytest
 import torch
@@ -461,7 +462,7 @@ class TestTriton:
 class TestWindows:
     """The gradient of `value` in an encoder, summed in windows."""
 
-    SHAPES = ((9, 11), (5, 6), (1, 1))
+    LEVELS: ClassVar = {"shapes": [(9, 11), (5, 6), (1, 1)], "starts": [0, 99, 129]}
 
     @pytest.fixture(autouse=True)
     def _every_encoder(self, monkeypatch: pytest.MonkeyPatch):
@@ -469,21 +470,16 @@ class TestWindows:
         with use_backend("triton"):
             yield
 
-    def make(self, form: str, spread: float = 2.0, **options: object) -> list[Tensor]:
+    def make(self, form: str, spread: float = 2.0, B: int = 1, M: int = 1, **options: object) -> list[Tensor]:
         """One query per pixel, whose samples are some `spread` pixels away."""
-        centres = [
-            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in self.SHAPES
-        ]
-        inputs = make(
-            form,
-            Q=sum(map(len, centres)),
-            shapes=list(self.SHAPES),
-            **{"B": 1, "M": 1, "dtype": torch.float32} | options,
-        )
-        points = torch.cat(centres).flip(-1).to(inputs[-2].device)
+        shapes = options.setdefault("shapes", self.LEVELS["shapes"])
+        options.setdefault("dtype", torch.float32)
+        grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in shapes]
+        points = torch.cat(grids).flip(-1).to(DEVICE)
+        inputs = make(form, B, len(points), M, **options)
         P = inputs[-2].shape[4]
         offsets = torch.randn(inputs[-2].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) * spread + 0.01
-        sizes = torch.tensor([(w, h) for h, w in self.SHAPES], device=DEVICE)
+        sizes = torch.tensor([(w, h) for h, w in shapes], device=DEVICE)
         with torch.no_grad():
             if form == "plain":
                 inputs[1].copy_(points[None, :, None, None, None] + offsets / sizes[:, None])
@@ -496,10 +492,9 @@ class TestWindows:
         launched = []
         launch = kernels._launch_windows
         monkeypatch.setattr(kernels, "_launch_windows", lambda *given: launched.append(launch(*given)))
-        levels = {"shapes": list(self.SHAPES), "starts": starts_of(list(self.SHAPES))}
-        found = results(form, inputs, **levels)
+        found = results(form, inputs, **self.LEVELS)
         assert len(launched) == 1
-        expected = results(form, in_float64(inputs), module=reference, **levels)
+        expected = results(form, in_float64(inputs), module=reference, **self.LEVELS)
         assert_near(found[:2], expected[:2], tolerance)  # others have bends where half-precision offsets meet pixels
         return found[1]
 
@@ -520,9 +515,18 @@ class TestWindows:
             inputs[2].mul_(weight)
         found = []
         for tensors, module in ((inputs, kernels), (in_float64(inputs), reference)):
-            output = call("plain", tensors, list(self.SHAPES), starts_of(list(self.SHAPES)), module)
+            output = call("plain", tensors, module=module, **self.LEVELS)
             found += torch.autograd.grad(output, tensors[0], torch.full_like(output, gradient))
         assert_near(found[:1], found[1:], 8 * torch.finfo(torch.float16).eps)
+
+    @pytest.mark.gpu
+    def test_large_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shapes = [(100, 167), (50, 84), (25, 42), (13, 21)]
+        inputs = self.make("points", B=2, M=8, D=48, P=4, shapes=shapes, dtype=torch.bfloat16)
+        in_windows = results("points", inputs, shapes=shapes, starts=starts_of(shapes))
+        monkeypatch.setattr(kernels, "_in_windows", lambda *given: False)
+        corner_by_corner = results("points", inputs, shapes=shapes, starts=starts_of(shapes))
+        assert_near(in_windows, corner_by_corner, 8 * torch.finfo(torch.bfloat16).eps)
 
     def test_deterministic(self, monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = self.make("points", P=3)
