@@ -441,7 +441,7 @@ def test_settings_and_weights_that_do_not_fit_each_other(small_model, tmp_path):
         {"model_config": 4},
         {"model_config": {"future": 1}},
         {"model_config": {"width": -4}},
-        {"model_config": {"num_heads": 0}},
+        {"model_config": {"num_heads": "many"}},
         {"category_ids": 5},
     ],
     ids=str,
@@ -456,6 +456,13 @@ def test_settings_that_make_no_model(small_model, tmp_path, entries):
     ) as raised:
         solq.load(path)
     assert "\n" not in str(raised.value)
+
+
+def test_settings_that_the_model_refuses(small_model, tmp_path):
+    config = {**vars(small_model.config), "num_heads": 0}
+    path = save_checkpoint(tmp_path, 1, training_state(small_model, model_config=config))
+    with pytest.raises(ValueError, match=r"step_00000001.pt: .* n_heads .* must be at least 1$"):
+        solq.load(path)
 
 
 def test_coco_names_are_known_by_their_ids():
