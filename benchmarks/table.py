@@ -2,12 +2,13 @@
 
 Tables go to standard output, one per group of benchmarks, fastest first, with each contender's time relative to the
 fastest: the median of the calls, or the time on the GPU where the benchmark has measured that. `--readme FILE` puts
-them between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of a file instead, `--chart FILE.svg` draws the
-times as bars.
+one table, a line per group and a column per contender, between the lines `<!-- benchmarks -->` and
+`<!-- /benchmarks -->` of a file, `--chart FILE.svg` draws the times as bars, and `--match` chooses groups.
 """
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
-def groups(files: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The benchmarks of each group; of one run by several files, the last wins."""
+def groups(files: list[Path], match: str) -> dict[str, list[dict[str, Any]]]:
+    """The benchmarks of each group that matches, fastest first; of one run by several files, the last wins."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for file in files:
         for benchmark in json.loads(file.read_text())["benchmarks"]:
             group = benchmark["group"] or benchmark["fullname"].split("[")[0].split("/")[-1]
-            found[group][benchmark["name"]] = benchmark
+            if re.search(match, group):
+                found[group][benchmark["name"]] = benchmark
     return {group: sorted(rows.values(), key=seconds) for group, rows in found.items()}
 
 
@@ -38,17 +40,39 @@ def milliseconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value * 1e3:.0f} ms"
 
 
-def markdown(files: list[Path]) -> str:
-    parts = []
+def machines(files: list[Path]) -> str:
+    """What was measured, and where."""
+    lines = []
     for file in files:
         run = json.loads(file.read_text())
         machine, commit = run["machine_info"], run["commit_info"]
-        parts.append(
+        lines.append(
             f"{machine.get('device')}, torch {machine.get('torch')}, triton {machine.get('triton')}, "
             f"commit {commit.get('id', '?')[:10]}{' with changes' if commit.get('dirty') else ''}, "
             f"{run['datetime'][:10]}"
         )
-    for group, rows in groups(files).items():
+    return "\n\n".join(lines)
+
+
+def compact(files: list[Path], match: str = "") -> str:
+    """One table: time, relative to the fastest, and peak memory of all contenders of a group in a line."""
+    found = groups(files, match)
+    contenders = list(dict.fromkeys(name(row) for rows in found.values() for row in rows))
+    lines = [f"| | {' | '.join(contenders)} |", "|---" * (len(contenders) + 1) + "|"]
+    for group, rows in found.items():
+        cells = dict.fromkeys(contenders, "")
+        for row in rows:
+            peak = row["extra_info"].get("peak_bytes")
+            parts = [milliseconds(seconds(row)), f"{seconds(row) / seconds(rows[0]):.2f} ×"]
+            cells[name(row)] = ", ".join(parts + ([f"{peak / 2**20:.0f} MiB"] if peak else []))
+        lines.append(f"| {group} | {' | '.join(cells.values())} |")
+    return f"{machines(files)}\n\n" + "\n".join(lines)
+
+
+def markdown(files: list[Path], match: str = "") -> str:
+    """A table per group."""
+    parts = [machines(files)]
+    for group, rows in groups(files, match).items():
         on_gpu = any("device_ms" in row["extra_info"] for row in rows)
         titles = [
             "contender",
@@ -78,14 +102,14 @@ def name(row: dict[str, Any]) -> str:
     return inside.rsplit("-", 1)[-1] or row["name"]
 
 
-def chart(files: list[Path], target: Path) -> None:
+def chart(files: list[Path], target: Path, match: str = "") -> None:
     """Horizontal bars, one panel per group."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    panels = groups(files)
+    panels = groups(files, match)
     sizes = [len(rows) + 1 for rows in panels.values()]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(8, 0.3 * sum(sizes) + 1), height_ratios=sizes, squeeze=False, layout="constrained"
@@ -104,18 +128,19 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest-benchmark")
     parser.add_argument("--readme", type=Path, help=f"file with the lines {START} and {END}")
     parser.add_argument("--chart", type=Path, help="SVG or PNG file to draw")
+    parser.add_argument("--match", default="", help="regular expression that groups must match")
     arguments = parser.parse_args()
-    tables = markdown(arguments.results)
     if arguments.readme:
         text = arguments.readme.read_text()
         if START not in text or END not in text:
             parser.error(f"{arguments.readme} has no lines {START} and {END}")
         before, _, rest = text.partition(START)
-        arguments.readme.write_text(f"{before}{START}\n{tables}\n{END}{rest.partition(END)[2]}")
+        table = compact(arguments.results, arguments.match)
+        arguments.readme.write_text(f"{before}{START}\n{table}\n{END}{rest.partition(END)[2]}")
     else:
-        print(tables)
+        print(markdown(arguments.results, arguments.match))
     if arguments.chart:
-        chart(arguments.results, arguments.chart)
+        chart(arguments.results, arguments.chart, arguments.match)
 
 
 if __name__ == "__main__":

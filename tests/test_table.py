@@ -36,6 +36,18 @@ def test_compares_by_the_time_on_the_gpu_where_it_was_measured(write) -> None:
     assert lines[-2:] == ["| b | 2 ms | 0.3 ms | 1.00 |  |  |  |", "| a | 1 ms | 0.9 ms | 3.00 |  |  |  |"]
 
 
+def test_one_line_per_group(write) -> None:
+    other = row("b", 0.001) | {"group": "other case"}
+    file = write(row("a", 0.001, peak_bytes=1 << 20), row("b", 0.002), other)
+    assert table.compact([file]).splitlines()[2:] == [
+        "| | a | b |",
+        "|---|---|---|",
+        "| case | 1 ms, 1.00 ×, 1 MiB | 2 ms, 2.00 × |",
+        "| other case |  | 1 ms, 1.00 × |",
+    ]
+    assert len(table.compact([file], match="^case").splitlines()) == 5
+
+
 def test_replaces_what_stands_between_the_marks(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
