@@ -27,8 +27,12 @@ def pytest_runtest_setup() -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     on_gpu = torch.cuda.is_available()
-    machine_info.pop("node", None)  # the name of the host says nothing
-    machine_info["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    for name in ("node", "release", "python_build", "python_compiler"):  # of this host, which say nothing
+        machine_info.pop(name, None)
+    machine_info["cpu"] = {name: machine_info["cpu"].get(name) for name in ("brand_raw", "count")}
+    threads = torch.get_num_threads()
+    cpu = f"{machine_info['cpu']['brand_raw'] or 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
+    machine_info["device"] = torch.cuda.get_device_name() if on_gpu else cpu
     machine_info["torch"] = torch.__version__
     machine_info["triton"] = triton.__version__
     machine_info["runtime"] = torch.version.hip or torch.version.cuda if on_gpu else None
