@@ -797,13 +797,14 @@ def max_registers(direction: str, architecture: str, D: int, dtype: torch.dtype,
     scattered rows. With these bounds nothing spills in Triton 3.6 or 3.9.
     `direction` is "forward", "backward", "deterministic" (backward, fixed point) or "windows".
     """
+    single_reductions = architecture.startswith("sm_") and int(architecture[3:]) < 90
     if direction == "windows":
-        return 255 if architecture == "sm_80" else 128 if dtype == torch.bfloat16 and D <= 64 else 168
+        return 255 if single_reductions else 128 if dtype == torch.bfloat16 and D <= 64 else 168
     if direction == "forward":
         if dtype == torch.float64 or D % 16 or D > 64:
             return 128
         return 64 if architecture == "sm_90" else 72
-    if direction == "deterministic" or dtype == torch.float64 or architecture == "sm_80":
+    if direction == "deterministic" or dtype == torch.float64 or single_reductions:
         return 255
     if architecture == "sm_90" and D in (32, 48, 64):
         return 72 if spare else 64
