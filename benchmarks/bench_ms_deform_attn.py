@@ -45,6 +45,12 @@ class Case(NamedTuple):
     def shapes(self) -> list[tuple[int, int]]:
         return [tuple(-(-side // stride) for side in self.image) for stride in (8, 16, 32, 64)]  # type: ignore[misc]
 
+    @property
+    def centres(self) -> Tensor:
+        """Of all pixels, (S, 2) as (x, y) in 0..1."""
+        grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in self.shapes]
+        return torch.cat(grids).flip(-1)
+
     def __str__(self) -> str:
         where = "decoder" if self.decoder else "encoder"
         return f"{where}-{self.image[0]}x{self.image[1]}-D{self.D}-B{self.B}"
@@ -77,9 +83,7 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = case.shapes
     L, S = len(shapes), sum(h * w for h, w in shapes)
-    centres = torch.cat(
-        [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
-    )
+    centres = case.centres
     if case.decoder:
         centres = torch.rand(300, 2, generator=generator, device=DEVICE)
     Q = len(centres)

@@ -7,12 +7,16 @@ pixels in the direction of each head, plus normal noise. No GPU is needed, and n
 """
 
 import argparse
+import importlib
 
 import torch
 
 from benchmarks.bench_ms_deform_attn import LARGE, Case, M, P
 
-QUERIES, STRIP, WINDOW = 64, 8, 16
+kernels = importlib.import_module("solq.kernels.ms_deform_attn")
+QUERIES, _ = kernels.launch_configuration("windows", "", 32, torch.bfloat16)
+constants = kernels.window_constants(torch.bfloat16, M, 4, P, 32, 2, QUERIES)
+STRIP, WINDOW = constants["STRIP"], constants["WINDOW"]
 
 
 def strips(shapes: list[tuple[int, int]]) -> torch.Tensor:
@@ -27,16 +31,14 @@ def strips(shapes: list[tuple[int, int]]) -> torch.Tensor:
 
 def count(head: int, noise: float) -> tuple[int, int]:
     """Reductions of one head, without windows and with them, in rows of channels."""
-    shapes = Case(LARGE, 32, 1, decoder=False).shapes
-    order = strips(shapes)
-    centres = torch.cat(
-        [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in shapes]
-    )[order]
+    case = Case(LARGE, 32, 1, decoder=False)
+    order = strips(case.shapes)
+    centres = case.centres[order]
     angle = torch.tensor(2 * torch.pi * head / M)
     direction = torch.stack([angle.cos(), angle.sin()])
     direction = direction / direction.abs().max() * torch.arange(1, P + 1)[:, None]
     corners = left_over = 0
-    for height, width in shapes:
+    for height, width in case.shapes:
         size = torch.tensor([width, height])
         position = centres[:, None] * size - 0.5 + direction + noise * torch.randn(len(order), P, 2)
         meets = ((position > -1) & (position < size)).all(-1)

@@ -167,6 +167,11 @@ def _load_sample(
 
 
 @triton.jit
+def _hat(distance):
+    return tl.maximum(1.0 - tl.abs(distance), 0.0)
+
+
+@triton.jit
 def _corners(position, size):
     """Along an axis: the lower of two neighbouring pixels, the distance of `position` from it, and both weights.
 
@@ -177,9 +182,8 @@ def _corners(position, size):
     index = tl.maximum(tl.minimum(position, last), 0.0).to(tl.int32)
     distance = position - index.to(position.dtype)
     end = tl.where(size > 1, 2.0, -1.0).to(position.dtype)
-    low_weight = tl.maximum(1.0 - tl.abs(distance), 0.0)
     high_weight = tl.maximum(tl.minimum(distance, end - distance), 0.0)
-    return index, distance, low_weight, high_weight
+    return index, distance, _hat(distance), high_weight
 
 
 @triton.jit
@@ -564,11 +568,6 @@ def _strips(position, shapes_ptr, L: tl.constexpr, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _hat(distance):
-    return tl.maximum(1.0 - tl.abs(distance), 0.0)
-
-
-@triton.jit
 def _load_meeting(
     coordinates_ptr, weights_ptr, sample, first_sample, softmax, in_queries, level, REFERENCE: tl.constexpr
 ):  # fmt: skip
@@ -792,9 +791,9 @@ def max_registers(direction: str, architecture: str, D: int, dtype: torch.dtype,
     it needs. On sm_90, 64 are the most that keep half of all warps resident, and enough for the usual D and dtypes;
     with gradients of reference points, and for an encoder of boxes, it is 72 (`spare`, 44 %). Other D and float64 need
     more, and so does sm_100 backward in half precision. Where reductions are of one float or 64-bit integer each, the
-    backward pass needs up to 125. Windows hold a hat function per point for 16 pixels, 128 registers in bfloat16,
-    168 in float32: a quarter of all warps, which is enough as they wait for tensor cores and barriers, not for
-    scattered rows. With these bounds nothing spills in Triton 3.6 or 3.9.
+    backward pass needs up to 125. Windows hold a hat function per point for 16 pixels, 128 registers in bfloat16
+    (a quarter of all warps), 168 in float32 (19 %): they wait for tensor cores and barriers, not for scattered rows.
+    With these bounds nothing spills in Triton 3.6 or 3.9.
     `direction` is "forward", "backward", "deterministic" (backward, fixed point) or "windows".
     """
     single_reductions = architecture.startswith("sm_") and int(architecture[3:]) < 90
@@ -978,7 +977,7 @@ def _launch_backward(
     inputs += _dense_inputs(value, spatial_shapes, level_start_index, reference_points, coordinates, weights)
 
     fixed_point = torch.are_deterministic_algorithms_enabled() and grad_output.numel() > 0
-    scale = value.new_ones((), dtype=torch.float64)
+    scale = value.new_empty((), dtype=torch.float64)  # not read without fixed point
     if fixed_point:
         scale = _fixed_point_scale(grad_output, weights if reference == 0 else None, compute)
     grad_value = torch.zeros_like(inputs[2], dtype=torch.int64 if fixed_point else compute)
@@ -1318,7 +1317,9 @@ def _check(
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device} but value is on {value.device}: move one of them")
         if eager and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"{name} has a forward-mode tangent: there is only reverse mode here")
+            raise NotImplementedError(
+                f"{name} has a forward-mode tangent, which has no formula here: use torch.autograd.grad"
+            )
 
     if value.ndim != 4:
         raise ValueError(f"value has shape {_shape(value)}, must have 4 dimensions (B, S, M, D)")
