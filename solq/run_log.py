@@ -3,7 +3,10 @@
 import contextlib
 import json
 import logging
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -37,9 +40,18 @@ def start_worker(_: int) -> None:
 
     The console was forked with its lock and its progress bar, perhaps in the middle of being drawn.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere SIGTERM ends it, whoever sends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+
+
+def _end_when_told(parent: int) -> None:
+    """SIGTERM comes to all from a job scheduler, and from the parent, which then waits, to those that an error left."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -79,15 +79,15 @@ def start(*flags: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Pope
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """Its output; the test fails if it did not end well. If it hangs, it says where."""
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Its output, and its errors if it was to end in one. If it hangs, it says where."""
     try:
         out, err = process.communicate(timeout=500)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)
         raise TimeoutError("\n".join(process.communicate())) from None
-    assert process.returncode == 0, out + err
-    return out
+    assert process.returncode == code, out + err
+    return out + err if code else out
 
 
 def wait_for_steps(process: subprocess.Popen[str], output: Path, steps: int) -> None:
@@ -182,6 +182,17 @@ def test_sigterm_then_a_checkpoint_cut_short(whole: Path, data: Path, tmp_path: 
     assert f"continuing {tmp_path / 'run'} after step {int(before.stem.removeprefix('step_'))}\n" in text
     assert log(tmp_path / "run") == log(whole)
     assert not list((tmp_path / "run" / "checkpoints").glob("*.unfinished"))
+
+
+def test_error_while_images_are_loaded(own_data: Path, tmp_path: Path) -> None:
+    """It ends the run, and the processes that load images, which its traceback holds on to."""
+    for image in (own_data / "train2017").iterdir():
+        cut_short(image)
+    process = start(*SMALL, "--workers", "2", "--strict", "--data", own_data, "--output", tmp_path / "run")
+    text = finish(process, code=1)
+    assert text.splitlines()[-1].startswith("error: ")
+    assert "restore the file or remove it" in text.splitlines()[-1]
+    assert "Traceback" not in text
 
 
 def test_two_processes_are_one(data: Path, tmp_path: Path, main: "Main") -> None:
