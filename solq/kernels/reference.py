@@ -5,7 +5,7 @@ Names and signatures are those of :mod:`solq.kernels`. Imports torch only (SciPy
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Literal, overload
 
 import torch
@@ -38,54 +38,116 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("multi-scale deformable attention cannot be differentiated twice")
 
 
-class _RowGradient(torch.autograd.Function):
-    """The gradient of an embedding bag to its rows: the bags of the transposed problem, found by one sort.
+def _sum_corners(
+    value: Tensor, first: Tensor, steps: Tensor, left: Tensor, right: Tensor, upper: Tensor, lower: Tensor
+) -> Tensor:
+    """Weighted sums (bags, D) of rows of `value`: of each sample the row `first`, and those `steps` after it.
 
-    The bag is torch's; its own gradient to the rows is many times slower and not reproducible on every device.
+    The weights of the four are products of one across and one down. Summed is over the last axis of `first` and of the
+    weights, which torch calls an embedding bag: nothing of the size of the samples, B·Q·M·L·P·D, ever exists.
+    """
+    rows = value.flatten(0, 2)
+    weights = product((upper, lower), (left, right))
+    sums = [
+        F.embedding_bag((first + step).flatten(0, 1), rows, mode="sum", per_sample_weights=(y * x).flatten(0, 1))
+        for step, (y, x) in zip(steps, weights, strict=True)
+    ]
+    return sums[0] + sums[1] + sums[2] + sums[3]
+
+
+class _SumCorners(torch.autograd.Function):
+    """`_sum_corners` with gradients of its own: torch's are many times slower, and not reproducible on every device.
+
+    `above` (S,) has the pixel above each pixel, or one to whose line below nothing is added.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(bags: Tensor, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return bags.view_as(bags)
+    def forward(value: Tensor, first: Tensor, steps: Tensor, above: Tensor, *weights: Tensor) -> Tensor:
+        return _sum_corners(value, first, steps, *weights)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, index, weights = ctx.saved_tensors
+        value, first, steps, above, *weights = ctx.saved_tensors
         if not torch.compiler.is_compiling():  # compiled graphs refuse by themselves, and torch 2.11 traces no error
-            grad = _Once.apply(grad, rows, weights)
-        if not ctx.needs_input_grad[1]:
-            return grad, None, None, None
-        row, order = index.flatten().sort(stable=True)
-        starts = torch.searchsorted(row, torch.arange(rows.shape[0], dtype=row.dtype, device=row.device))
-        grad_rows = F.embedding_bag(
-            order // index.shape[1],
-            grad.contiguous(),
-            starts,
-            mode="sum",
-            per_sample_weights=weights.detach().flatten().take(order),
-        )
-        return grad, grad_rows, None, None
+            grad = _Once.apply(grad, value, *weights)
+        grad, value, weights = grad.contiguous(), value.detach(), [weight.detach() for weight in weights]
+        bag = torch.arange(grad.shape[0], dtype=first.dtype, device=grad.device).repeat_interleave(first.shape[-1])
+        grad_value: Tensor | None = None
+        grad_weights: Sequence[Tensor | None] = [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            grad_value = _gradient_of_value(grad, bag, value, first, above, *weights)
+        if any(ctx.needs_input_grad[4:]):
+            grad_weights = _gradients_of_weights(grad, bag, value, first, steps, weights)
+        return grad_value, None, None, None, *grad_weights
 
 
-def _corners(locations: Tensor, size: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pixel index and weight of the two neighbours, along one axis, of `locations` in 0..1 over maps of `size` pixels.
+def _gradient_of_value(
+    grad: Tensor, bag: Tensor, value: Tensor, first: Tensor, above: Tensor,
+    left: Tensor, right: Tensor, upper: Tensor, lower: Tensor,
+) -> Tensor:  # fmt: skip
+    """Of each row, a bag of the samples that have it as their first, which one sort brings together.
 
-    A location a pixel or more outside, infinite or NaN gets the weight zero and a gradient of zero.
+    With bags that begin a pixel later, the same is of each row what it gets as the second. What a line gets as the
+    lower one is what the line `above` it would get.
+    """
+    B, S, M, D = value.shape
+    row, order = first.flatten().sort(stable=True)
+    as_first = torch.searchsorted(row, torch.arange(B * S * M, dtype=row.dtype, device=row.device), out_int32=True)
+    as_second = F.pad(as_first[:-M], (M, 0))
+    bag = bag.take(order)
+
+    def line(y: Tensor) -> Tensor:
+        sums = [
+            F.embedding_bag(bag, grad, begins, mode="sum", per_sample_weights=(y * x).take(order))
+            for begins, x in ((as_first, left), (as_second, right))
+        ]
+        return sums[0].add_(sums[1]).view(B, S, M * D)
+
+    return line(lower).index_select(1, above).add_(line(upper)).view(B, S, M, D)
+
+
+def _gradients_of_weights(
+    grad: Tensor, bag: Tensor, value: Tensor, first: Tensor, steps: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """Dot products of `grad` with the four rows of each sample, times the other one of their two weights."""
+    rows, samples = value.flatten(0, 2), first.shape[-1]
+    left, right, upper, lower = weights
+    dots = [  # what torch does too, but with the bags that it would find again for each of the four, in 64 bits
+        torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad, rows, (first + step).flatten(), bag[::samples] * samples, bag, 0
+        ).view_as(first)
+        for step in steps
+    ]
+    return [
+        (dots[0] * upper).addcmul_(dots[2], lower),
+        (dots[1] * upper).addcmul_(dots[3], lower),
+        (dots[0] * left).addcmul_(dots[1], right),
+        (dots[2] * left).addcmul_(dots[3], right),
+    ]
+
+
+def _corners(locations: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Along an axis: the first of two neighbouring pixels, and both weights, of `locations` in 0..1 over `size` pixels.
+
+    The pixels are always inside: near the ends and beyond, they are the first or last two. A lone pixel has no second.
+    A location a pixel or more outside, infinite or NaN has the weights zero, and a gradient of zero.
     """
     position = locations * size - 0.5
     position = torch.where((position > -1) & (position < size), position, -1)
     low = position.detach().floor()
+    first = low.clamp(min=0).minimum((size - 2).clamp(min=0))
     fraction = position - low
-    return [
-        (low.clamp(min=0).int(), (1 - fraction) * (low >= 0)),
-        ((low + 1).int().minimum(size - 1), fraction * (low + 1 < size)),
-    ]
+    before, beyond = (first - low).relu(), (low - first).relu()  # 1 if moved: half outside, at either end
+    between = 1 - before - beyond
+    weight = torch.addcmul(between, fraction, before - between)
+    next_weight = torch.addcmul(beyond, fraction, (between - beyond) * (size > 1))
+    return first.int(), weight, next_weight
 
 
 def _as_tensor(numbers: SpatialShapes | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -102,40 +164,38 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sum of bilinear samples of `value`, weighted by `attention_weights`: see `solq.kernels.ms_deform_attn`.
-
-    Each output is a weighted sum of 4·L·P rows of `value`, which is what torch calls an embedding bag: nothing of
-    the size of the samples, B·Q·M·L·P·D, ever exists.
-    """
+    """Sum of bilinear samples of `value`, weighted by `attention_weights`: see `solq.kernels.ms_deform_attn`."""
     B, S, M, D = value.shape
     Q, L, P = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
     compute, device = torch.promote_types(value.dtype, torch.float32), value.device
 
-    # Of each sample (m, l, p), over all M·L·P of a query: the size of its level, and that level's first row.
+    # Of each sample (l, p) of a query: the size of its level, and that level's first row of each head (M, L·P).
     shapes = _as_tensor(spatial_shapes, torch.int32, device)
     starts = _as_tensor(level_start_index, torch.int32, device)
     levels = torch.cat([shapes.T, starts[None]])
-    height, width, start = levels[:, None, :, None].expand(3, M, L, P).flatten(1)
-    head = torch.arange(M, dtype=torch.int32, device=device)[:, None].expand(M, L * P).flatten()
-    image = torch.arange(B, dtype=torch.int32, device=device)
-    first_row = (image[:, None, None] * S + start) * M + head  # (B, 1, M·L·P)
+    height, width, start = levels[:, None, :, None].expand(3, M, L, P).flatten(2)
+    head = torch.arange(M, dtype=torch.int32, device=device)[:, None]
+    image = torch.arange(B, dtype=torch.int32, device=device).repeat_interleave(Q)
+    first_row = (image[:, None, None] * S + start) * M + head  # (B·Q, M, L·P)
 
-    x, y = sampling_locations.to(compute).reshape(B, Q, M * L * P, 2).unbind(-1)
-    attention = attention_weights.to(compute).reshape(B, Q, M * L * P)
-    across = [(column * M, weight) for column, weight in _corners(x, width)]
-    down = [(line * (width * M) + first_row, weight * attention) for line, weight in _corners(y, height)]
-
-    def bags(corners: list[Tensor]) -> Tensor:
-        return torch.stack([c.view(B, Q, M, L * P) for c in corners], dim=3).view(B * Q * M, 4 * L * P)
-
-    index = bags([line + column for line, _ in down for column, _ in across])
-    weights = bags([weight_y * weight_x for _, weight_y in down for _, weight_x in across])
-    rows = value.to(compute).reshape(B * S * M, D)
+    x, y = sampling_locations.to(compute).reshape(B * Q, M, L * P, 2).unbind(-1)
+    attention = attention_weights.to(compute).reshape(B * Q, M, L * P)
+    left, weight_l, weight_r = _corners(x, width.to(compute))
+    top, weight_t, weight_b = _corners(y, height.to(compute))
+    first = first_row + (top * width + left) * M
+    right, below = (width > 1).int() * M, (height > 1).int() * width * M
+    steps = torch.stack([torch.zeros_like(right), right, below, below + right])
+    weights = weight_l, weight_r, weight_t * attention, weight_b * attention
+    dense = value.to(compute).contiguous()
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a graph has its operators' gradients only
-        output = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+        output = _sum_corners(dense, first, steps, *weights)
     else:
-        output = F.embedding_bag(index, rows.detach(), mode="sum", per_sample_weights=weights)
-        output = _RowGradient.apply(output, rows, index, weights)
+        pixel = torch.arange(S, dtype=torch.int32, device=device)
+        level = torch.bucketize(pixel, starts, right=True) - 1
+        line = shapes[level, 1]
+        # For the first line of a level, the very last pixel: below it is nothing.
+        above = torch.where(pixel - starts[level] < line, S - 1, pixel - line)
+        output = _SumCorners.apply(dense, first, steps, above, *weights)
     return output.view(B, Q, M * D).to(value.dtype)
 
 
