@@ -4,6 +4,7 @@ Names and signatures are those of :mod:`solq.kernels`. Imports torch only (SciPy
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import Literal, overload
@@ -11,6 +12,9 @@ from typing import Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Torch says so once, of what `_dots` does.
+warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)")
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
@@ -73,22 +77,21 @@ class _SumCorners(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        value, first, steps, above, *weights = ctx.saved_tensors
-        if not torch.compiler.is_compiling():  # compiled graphs refuse by themselves, and torch 2.11 traces no error
-            grad = _Once.apply(grad, value, *weights)
-        grad, value, weights = grad.contiguous(), value.detach(), [weight.detach() for weight in weights]
-        bag = torch.arange(grad.shape[0], dtype=first.dtype, device=grad.device).repeat_interleave(first.shape[-1])
-        grad_value: Tensor | None = None
-        grad_weights: Sequence[Tensor | None] = [None] * len(weights)
+        sources = (grad, *ctx.saved_tensors)
+        grad, value, first, steps, above, *weights = (tensor.detach() for tensor in sources)
+        grad = grad.contiguous()
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
-            grad_value = _gradient_of_value(grad, bag, value, first, above, *weights)
+            grads[0] = _gradient_of_value(grad, value, first, above, *weights)
         if any(ctx.needs_input_grad[4:]):
-            grad_weights = _gradients_of_weights(grad, bag, value, first, steps, weights)
-        return grad_value, None, None, None, *grad_weights
+            grads[4:] = _gradients_of_weights(grad, value, first, steps, weights)
+        if not torch.compiler.is_compiling():  # compiled graphs refuse by themselves, and torch 2.11 traces no error
+            grads = [None if gradient is None else _Once.apply(gradient, *sources) for gradient in grads]
+        return tuple(grads)
 
 
 def _gradient_of_value(
-    grad: Tensor, bag: Tensor, value: Tensor, first: Tensor, above: Tensor,
+    grad: Tensor, value: Tensor, first: Tensor, above: Tensor,
     left: Tensor, right: Tensor, upper: Tensor, lower: Tensor,
 ) -> Tensor:  # fmt: skip
     """Of each row, a bag of the samples that have it as their first, which one sort brings together.
@@ -100,7 +103,7 @@ def _gradient_of_value(
     row, order = first.flatten().sort(stable=True)
     as_first = torch.searchsorted(row, torch.arange(B * S * M, dtype=row.dtype, device=row.device), out_int32=True)
     as_second = F.pad(as_first[:-M], (M, 0))
-    bag = bag.take(order)
+    bag = (order // first.shape[-1]).int()
 
     def line(y: Tensor) -> Tensor:
         sums = [
@@ -113,23 +116,38 @@ def _gradient_of_value(
 
 
 def _gradients_of_weights(
-    grad: Tensor, bag: Tensor, value: Tensor, first: Tensor, steps: Tensor, weights: list[Tensor]
+    grad: Tensor, value: Tensor, first: Tensor, steps: Tensor, weights: list[Tensor]
 ) -> list[Tensor]:
     """Dot products of `grad` with the four rows of each sample, times the other one of their two weights."""
-    rows, samples = value.flatten(0, 2), first.shape[-1]
-    left, right, upper, lower = weights
-    dots = [  # what torch does too, but with the bags that it would find again for each of the four, in 64 bits
-        torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, rows, (first + step).flatten(), bag[::samples] * samples, bag, 0
-        ).view_as(first)
-        for step in steps
-    ]
+    rows, (left, right, upper, lower) = value.flatten(0, 2), weights
+    dots = [_dots(grad, rows, (first + step).flatten(0, 1)).view_as(first) for step in steps]
     return [
         (dots[0] * upper).addcmul_(dots[2], lower),
         (dots[1] * upper).addcmul_(dots[3], lower),
         (dots[0] * left).addcmul_(dots[1], right),
         (dots[2] * left).addcmul_(dots[3], right),
     ]
+
+
+def _dots(vectors: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Dot products (N, K) of `vectors` (N, D) with K of the `rows` each: `index` (N, K)."""
+    if (
+        torch.compiler.is_compiling()  # makes one loop of it
+        or rows.device.type != "cpu"
+        or index.shape[1] > rows.shape[0]  # a matrix cannot be that full
+        or any(torch.func.debug_unwrap(tensor) is not tensor for tensor in (vectors, rows, index))  # in vmap
+    ):
+        return (rows[index] * vectors[:, None]).sum(-1)
+    # The loop that torch has for a CPU: a product of matrices, sampled at the entries of a sparse one. They may repeat.
+    # In parts, to save memory.
+    dots = []
+    for some, places in zip(vectors.split(4096), index.split(4096), strict=True):
+        ends = torch.arange(0, places.numel() + 1, places.shape[1], dtype=index.dtype)
+        sampled = torch.sparse_csr_tensor(
+            ends, places.flatten(), rows.new_zeros(places.numel()), (len(some), len(rows)), check_invariants=False
+        )
+        dots.append(torch.sparse.sampled_addmm(sampled, some, rows.T, beta=0, out=sampled).values())
+    return torch.cat(dots)
 
 
 def _corners(locations: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
