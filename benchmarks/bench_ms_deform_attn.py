@@ -126,8 +126,8 @@ def reference_eager(i: Inputs) -> Tensor:
     return reference.ms_deform_attn(i.value, i.shapes, i.starts, i.locations, i.weights)
 
 
-torch._dynamo.config.recompile_limit = 64  # of graphs: one per dtype, per direction, and for batches of one
-reference_compiled = torch.compile(reference_eager, fullgraph=True)
+torch._dynamo.config.recompile_limit = 64  # of graphs: one per shape, dtype and direction
+reference_compiled = torch.compile(reference_eager, fullgraph=True, dynamic=False)
 reference_compiled.__name__ = "reference_compiled"
 
 

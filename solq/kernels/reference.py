@@ -103,11 +103,11 @@ def _gradient_of_value(
     row, order = first.flatten().sort(stable=True)
     as_first = torch.searchsorted(row, torch.arange(B * S * M, dtype=row.dtype, device=row.device), out_int32=True)
     as_second = F.pad(as_first[:-M], (M, 0))
-    bag = (order // first.shape[-1]).int()
+    bag = order.int() // first.shape[-1]
 
     def line(y: Tensor) -> Tensor:
         sums = [
-            F.embedding_bag(bag, grad, begins, mode="sum", per_sample_weights=(y * x).take(order))
+            F.embedding_bag(bag, grad, begins, mode="sum", per_sample_weights=(y * x).flatten().index_select(0, order))
             for begins, x in ((as_first, left), (as_second, right))
         ]
         return sums[0].add_(sums[1]).view(B, S, M * D)
