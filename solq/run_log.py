@@ -1,12 +1,11 @@
 """What a training run tells on its way: the terminal, and log.jsonl and TensorBoard in the folder of the run."""
 
+import atexit
 import contextlib
 import json
 import logging
-import os
+import multiprocessing
 import signal
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -40,18 +39,19 @@ def start_worker(_: int) -> None:
 
     The console was forked with its lock and its progress bar, perhaps in the middle of being drawn.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere SIGTERM ends it, whoever sends it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
 
 
-def _end_when_told(parent: int) -> None:
-    """SIGTERM comes to all from a job scheduler, and from the parent, which then waits, to those that an error left."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+@atexit.register
+def _kill_workers() -> None:
+    """Those that an error has left, whose loader its traceback holds: Python would send them SIGTERM, and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 @contextlib.contextmanager
