@@ -62,7 +62,7 @@ def _sum_corners(
 class _SumCorners(torch.autograd.Function):
     """`_sum_corners` with gradients of its own: torch's are many times slower, and not reproducible on every device.
 
-    `above` (S,) has the pixel above each pixel, or one to whose line below nothing is added.
+    `above` (S,) has the pixel above each one; for the first line of a level, any whose samples have no lower weight.
     """
 
     generate_vmap_rule = True
@@ -94,10 +94,11 @@ def _gradient_of_value(
     grad: Tensor, value: Tensor, first: Tensor, above: Tensor,
     left: Tensor, right: Tensor, upper: Tensor, lower: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Of each row, a bag of the samples that have it as their first, which one sort brings together.
+    """Bags again: of each row, the samples that have it as their first, which one sort brings together.
 
-    With bags that begin a pixel later, the same is of each row what it gets as the second. What a line gets as the
-    lower one is what the line `above` it would get.
+    What a row gets as the second of a sample is in the bag of the pixel before it, so the same bags serve, begun a
+    pixel later; at the end of a line no sample begins, or its second weight is zero. What a row gets as one of the
+    lower two is in the bags of the pixel `above`.
     """
     B, S, M, D = value.shape
     row, order = first.flatten().sort(stable=True)
@@ -211,7 +212,7 @@ def ms_deform_attn(
         pixel = torch.arange(S, dtype=torch.int32, device=device)
         level = torch.bucketize(pixel, starts, right=True) - 1
         line = shapes[level, 1]
-        # For the first line of a level, the very last pixel: below it is nothing.
+        # Above the first line of a level, the very last pixel: no sample begins there, or its lower weight is zero.
         above = torch.where(pixel - starts[level] < line, S - 1, pixel - line)
         output = _SumCorners.apply(dense, first, steps, above, *weights)
     return output.view(B, Q, M * D).to(value.dtype)
