@@ -6,7 +6,7 @@ Names and signatures are those of :mod:`solq.kernels`. Imports torch only (SciPy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Literal, overload
 
 import torch
@@ -51,12 +51,14 @@ def _sum_corners(
     weights, which torch calls an embedding bag: nothing of the size of the samples, B·Q·M·L·P·D, ever exists.
     """
     rows = value.flatten(0, 2)
-    weights = product((upper, lower), (left, right))
-    sums = [
-        F.embedding_bag((first + step).flatten(0, 1), rows, mode="sum", per_sample_weights=(y * x).flatten(0, 1))
-        for step, (y, x) in zip(steps, weights, strict=True)
-    ]
-    return sums[0] + sums[1] + sums[2] + sums[3]
+
+    def line(y: Tensor, steps: Tensor) -> Tensor:
+        index = torch.stack([first + step for step in steps], dim=2)
+        weights = torch.stack([y * left, y * right], dim=2)
+        index, weights = (bags.flatten(0, 1).flatten(1) for bags in (index, weights))
+        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+
+    return line(upper, steps[:2]) + line(lower, steps[2:])
 
 
 class _SumCorners(torch.autograd.Function):
