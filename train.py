@@ -24,21 +24,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from solq.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
-from solq.command_line import command_line
-from solq.config import ModelMeta, TrainConfig, check_continues, check_settings
-from solq.criterion import SetCriterion
+from solq.commands.flags import command_line
 from solq.data.batch import Batch, collate, fill_up, normalize, padded_sizes
 from solq.data.coco import CocoDataset
 from solq.data.sampler import TrainSampler
-from solq.data.splits import load_splits
-from solq.matcher import HungarianMatcher
-from solq.models.backbone import load_backbone_weights
-from solq.models.mask_coding import FittedCoding, build_mask_coding
-from solq.models.mask_coding import load as load_mask_coding
-from solq.models.solq import SOLQ
-from solq.report import write_report
-from solq.run_log import RunLog, say, start_logging, start_worker, stop_signals
+from solq.models.backbones.resnet import load_backbone_weights
+from solq.models.solq.mask_coding import FittedCoding, build_mask_coding
+from solq.models.solq.mask_coding import load as load_mask_coding
+from solq.models.solq.model import SOLQ
+from solq.training.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
+from solq.training.config import ModelMeta, TrainConfig, check_continues, check_settings
+from solq.training.criterion import SetCriterion
+from solq.training.matcher import HungarianMatcher
+from solq.training.report import write_report
+from solq.training.run_log import RunLog, say, start_logging, start_worker, stop_signals
+from solq.training.splits import load_splits
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from solq.detections import encode_masks, postprocess
 from solq.kernels import dct_decode_paste, dct_encode, use_backend
-from solq.postprocess import encode_masks, postprocess
 
 H, W, QUERIES, CLASSES = 480, 640, 300, 91
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

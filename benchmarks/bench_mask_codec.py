@@ -22,6 +22,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from solq.detections import encode_runs
 from solq.kernels import (
     crop_dct_encode,
     dct_decode,
@@ -33,7 +34,6 @@ from solq.kernels import (
     use_backend,
 )
 from solq.kernels.runtime import Backend
-from solq.postprocess import encode_runs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND: Backend = "triton" if DEVICE.type == "cuda" else "reference"  # never the interpreter

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
 from solq.kernels import linear_assignment, matching_cost, use_backend
-from solq.matcher import HungarianMatcher
+from solq.training.matcher import HungarianMatcher
 
 LAYERS, QUERIES, CLASSES = 6, 300, 91
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from solq import Predictor
-from solq.config import ModelConfig
-from solq.models.solq import SOLQ
-from solq.postprocess import postprocess
+from solq.detections import postprocess
+from solq.models.solq.model import SOLQ
+from solq.training.config import ModelConfig
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from solq.config import preset
-from solq.criterion import SetCriterion
 from solq.data.batch import PackedTargets
-from solq.matcher import HungarianMatcher
-from solq.models.solq import SOLQ
+from solq.models.solq.model import SOLQ
+from solq.training.config import preset
+from solq.training.criterion import SetCriterion
+from solq.training.matcher import HungarianMatcher
 
 CASES = {  # preset, images, their size, objects per image, rounds
     "r50 480x640": ("r50", 2, (480, 640), 12, 3),

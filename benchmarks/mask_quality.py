@@ -21,7 +21,7 @@ from torch import Tensor
 
 from solq.kernels import dct_decode_binary, dct_encode, paste_masks
 from solq.kernels.reference import crop_masks
-from solq.models.mask_coding import FlatCoding, PCACoding, SparseCoding
+from solq.models.solq.mask_coding import FlatCoding, PCACoding, SparseCoding
 
 COEFFICIENTS = (64, 100, 144, 196, 256, 324, 400)
 SIZES = (64, 128, 256)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.bench_ms_deform_attn import LARGE, Case, M, P
 
-kernels = importlib.import_module("solq.kernels.ms_deform_attn")
+kernels = importlib.import_module("solq.kernels.ms_deform_attn.kernels")
 QUERIES, _ = kernels.launch_configuration("windows", "", 32, torch.bfloat16)
 constants = kernels.window_constants(torch.bfloat16, M, 4, P, 32, 2, QUERIES)
 STRIP, WINDOW = constants["STRIP"], constants["WINDOW"]

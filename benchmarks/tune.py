@@ -20,7 +20,7 @@ from triton.testing import do_bench
 from benchmarks.bench_ms_deform_attn import LARGE, Case, make, ours_fused
 from solq.kernels.runtime import architecture
 
-kernels = importlib.import_module("solq.kernels.ms_deform_attn")
+kernels = importlib.import_module("solq.kernels.ms_deform_attn.kernels")
 DEVICE = torch.device("cuda")
 
 

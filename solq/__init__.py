@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from solq.postprocess import Detections
+    from solq.detections import Detections
     from solq.predictor import Predictor
     from solq.weights import load, save
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 __all__ = ["Detections", "Predictor", "load", "save"]
 
 _HOME = {
-    "Detections": "solq.postprocess",
+    "Detections": "solq.detections",
     "Predictor": "solq.predictor",
     "load": "solq.weights",
     "save": "solq.weights",

@@ -16,13 +16,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "predict": Command("solq.predict_files", "PredictConfig", "predict", "find the objects of images, folders, videos"),
-    "eval": Command("solq.evaluate_checkpoint", "EvalConfig", "evaluate_checkpoint", "score a model on a dataset"),
-    "export": Command("solq.export", "ExportConfig", "export", "write a model as torch.export, AOTInductor or ONNX"),
-    "figures": Command("solq.figures", "FiguresConfig", "figures", "draw the paper's pictures"),
-    "demo": Command("solq.demo", "DemoConfig", "demo", "try a model on a local web page"),
-    "info": Command("solq.info", "InfoConfig", "info", "show versions and backend, test the kernels: for bug reports"),
-    "fit-coding": Command("solq.fit_mask_coding", "FitCoding", "fit_coding", "fit a PCA or sparse mask coding"),
+    "predict": Command("solq.commands.predict", "PredictConfig", "predict", "find the objects of images and videos"),
+    "eval": Command("solq.commands.eval", "EvalConfig", "evaluate_checkpoint", "score a model on a dataset"),
+    "export": Command(
+        "solq.commands.export", "ExportConfig", "export", "write a model for other programs (torch.export, ONNX)"
+    ),
+    "figures": Command("solq.commands.figures", "FiguresConfig", "figures", "draw the paper's pictures"),
+    "demo": Command("solq.commands.demo", "DemoConfig", "demo", "try a model on a local web page"),
+    "info": Command("solq.commands.info", "InfoConfig", "info", "show versions and test the kernels: for bug reports"),
+    "fit-coding": Command("solq.commands.fit_coding", "FitCoding", "fit_coding", "fit a PCA or sparse mask coding"),
 }
 
 
@@ -45,7 +47,7 @@ def main() -> None:
         import torch
         import tyro
 
-        from solq.command_line import one_line_complaints
+        from solq.commands.flags import one_line_complaints
 
         module = importlib.import_module(command.module)
         with one_line_complaints():

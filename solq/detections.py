@@ -11,8 +11,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from solq.config import ModelMeta
 from solq.kernels.reference import mask_runs
+from solq.training.config import ModelMeta
 
 # Outputs, an image of the batch, queries (K,), their boxes (K, 4) in pixels, (H, W) to masks (K, H, W) bool, or to
 # `paste_runs` of them.
@@ -166,10 +166,10 @@ def postprocess(
         outputs: pred_logits (B, Q, C), pred_boxes (B, Q, 4) as cx cy w h in 0..1 of the image without its padding,
             and what `decode_masks` reads; others are left alone.
         orig_sizes: (B, 2) int, H and W of the images on disk.
-        decode_masks: of the model, see :meth:`solq.models.solq.SOLQ.decode_masks`; None for no masks.
+        decode_masks: of the model, see :meth:`solq.models.solq.model.SOLQ.decode_masks`; None for no masks.
         top_k: the most detections of an image; a query may be among them with several classes.
         score_threshold: detections of a lower score are dropped before their masks are decoded.
-        decode_runs: the same for run lengths, see :meth:`solq.models.solq.SOLQ.decode_runs`; None for no run lengths.
+        decode_runs: the same for run lengths, see `SOLQ.decode_runs`; None for no run lengths.
     """
     scores = outputs["pred_logits"].float().sigmoid()
     B, Q, C = scores.shape

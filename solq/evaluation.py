@@ -22,8 +22,8 @@ from torchvision.ops import box_convert
 
 from solq.data.batch import Batch, normalize
 from solq.data.coco import read_segmentation
-from solq.models.solq import SOLQ
-from solq.postprocess import Detections
+from solq.detections import Detections
+from solq.models.solq.model import SOLQ
 
 logger = logging.getLogger(__name__)
 

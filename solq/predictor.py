@@ -19,8 +19,8 @@ from torch import Tensor
 from solq.data.batch import Size, normalize, padded_sizes
 from solq.data.image import rgb_pixels
 from solq.data.transforms import View, resized, view_image
-from solq.models.solq import SOLQ
-from solq.postprocess import Detections
+from solq.detections import Detections
+from solq.models.solq.model import SOLQ
 from solq.weights import check_length, load
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from solq.data.image import read_image
+from solq.detections import Detections
 from solq.evaluation import CocoEvaluator
-from solq.postprocess import Detections
 
 LEGIBLE_SIDE = 480  # pixels: images with a shorter longer side are enlarged, so that names on them can be read
 FONT_SIZE = 13

@@ -20,8 +20,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from solq.config import Backbone, ModelConfig, ModelMeta
-from solq.models.solq import SOLQ
+from solq.models.solq.model import SOLQ
+from solq.training.config import Backbone, ModelConfig, ModelMeta
 
 # What an official file's settings may say beside the sizes of its tensors, and the values that this model has.
 REQUIRED_SETTINGS = {"activation": "relu", "position_embedding": "sine", "dilation": False}

@@ -9,10 +9,10 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from solq import postprocess as postprocess_module
+from solq import detections as postprocess_module
+from solq.detections import Detections, encode_masks, encode_runs, postprocess
 from solq.kernels import crop_dct_encode, dct_decode_binary, dct_decode_paste, paste_runs
 from solq.kernels.reference import mask_runs
-from solq.postprocess import Detections, encode_masks, encode_runs, postprocess
 
 
 def decode_masks(outputs: dict, image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from solq.data.batch import collate
+from solq.detections import Detections, postprocess
 from solq.evaluation import METRICS, CocoEvaluator, class_table, evaluate, load_ground_truth, table
-from solq.postprocess import Detections, postprocess
 
 H, W = 80, 120
 CATEGORIES = [3, 7, 90]  # with gaps, as in COCO

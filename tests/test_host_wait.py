@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solq.config import ModelConfig, TrainConfig
-from solq.criterion import SetCriterion
 from solq.data import shapes
-from solq.kernels.matching_cost import ClassCost
-from solq.matcher import HungarianMatcher
-from solq.models.mask_coding import DCTCoding
+from solq.kernels.matching.cost import ClassCost
+from solq.models.solq.mask_coding import DCTCoding
+from solq.training.config import ModelConfig, TrainConfig
+from solq.training.criterion import SetCriterion
+from solq.training.matcher import HungarianMatcher
 
 REPOSITORY = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "meta")

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import solq
-from solq.config import ModelMeta, preset
-from solq.models.solq import SOLQ
-from solq.postprocess import Detections
+from solq.detections import Detections
+from solq.models.solq.model import SOLQ
 from solq.predictor import Predictor, ahead, choose_device, folder_images, read_rgb
+from solq.training.config import ModelMeta, preset
 
 
 @pytest.fixture(scope="module")

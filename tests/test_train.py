@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from solq.checkpoint import checkpoints, load_checkpoint
 from solq.data import shapes
 from solq.data.transforms import TrainTransform
+from solq.training.checkpoint import checkpoints, load_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -296,7 +296,9 @@ def test_ctrl_c_saves_and_exits(data: Path, tmp_path: Path, main: Main, monkeypa
 
 def test_accumulated_parts_are_one_batch(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     """With four images an epoch is one step of all of them, in one part or in two; they are not mirrored here."""
-    monkeypatch.setattr("solq.data.splits.TrainTransform", lambda **settings: TrainTransform(**settings, flip=False))
+    monkeypatch.setattr(
+        "solq.training.splits.TrainTransform", lambda **settings: TrainTransform(**settings, flip=False)
+    )
     shapes.generate(tmp_path / "data", num_train=4, num_val=1, image_size=64)
     for parts in (1, 2):
         flags = ["--data", tmp_path / "data", "--output", tmp_path / str(parts), "--accumulate", parts, "--steps", 3]

@@ -9,8 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from solq.detections import Detections
 from solq.evaluation import CocoEvaluator
-from solq.postprocess import Detections
 from solq.visualize import LEGIBLE_SIDE, MARGIN, comparison_grid, comparison_rows, draw_detections
 
 NAMES = ["cat", "dog"]

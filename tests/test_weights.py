@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import solq
-from solq.checkpoint import save_checkpoint
-from solq.config import ModelConfig, ModelMeta, preset
-from solq.models.solq import SOLQ
+from solq.models.solq.model import SOLQ
+from solq.training.checkpoint import save_checkpoint
+from solq.training.config import ModelConfig, ModelMeta, preset
 from solq.weights import coco_class_names, infer_config, official_names
 
 Shapes = dict[str, list[int]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from PIL import Image
 
-from solq.postprocess import Detections
+from solq.detections import Detections
 from solq.predictor import Predictor, read_rgb
 
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from solq.commands.predict import DTYPES
 from solq.data.batch import collate, padded_sizes
 from solq.data.coco import CocoDataset
 from solq.data.transforms import EvalTransform
+from solq.detections import postprocess
 from solq.evaluation import CocoEvaluator, class_table, evaluate, table
-from solq.models.solq import SOLQ
-from solq.postprocess import postprocess
-from solq.predict_files import DTYPES
+from solq.models.solq.model import SOLQ
 from solq.predictor import Predictor, choose_device
 from solq.weights import load
 

@@ -21,11 +21,11 @@ import tyro
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from solq.config import ModelConfig
 from solq.data.batch import normalize
-from solq.kernels import reference
-from solq.models.solq import SOLQ
+from solq.kernels.ms_deform_attn import cpu as reference
+from solq.models.solq.model import SOLQ
 from solq.predictor import choose_device
+from solq.training.config import ModelConfig
 from solq.weights import load
 
 Format = Literal["torch-export", "aoti", "onnx"]

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from solq.kernels.module import MSDeformAttn
-from solq.models.solq import SOLQ
-from solq.postprocess import Detections
+from solq.detections import Detections
+from solq.kernels.ms_deform_attn.module import MSDeformAttn
+from solq.models.solq.model import SOLQ
 from solq.predictor import ImageLike, Predictor, expand_folders, read_rgb
 
 PANEL_SIDE = 560  # pixels of a panel's longer side

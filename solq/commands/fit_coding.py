@@ -11,7 +11,7 @@ from torch import Tensor
 
 from solq.data.coco import CocoDataset
 from solq.data.transforms import EvalTransform
-from solq.models.mask_coding import PCACoding, SparseCoding, save
+from solq.models.solq.mask_coding import PCACoding, SparseCoding, save
 
 
 @dataclass

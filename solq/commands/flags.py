@@ -1,4 +1,4 @@
-"""The flags of train.py: every setting of :class:`solq.config.TrainConfig`."""
+"""The flags of train.py: every setting of :class:`solq.training.config.TrainConfig`."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 import tyro
 
-from solq.config import Preset, TrainConfig, preset
+from solq.training.config import Preset, TrainConfig, preset
 
 
 def command_line(description: str | None = None, args: Sequence[str] | None = None) -> TrainConfig:

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from solq.data.video import VideoWriter, is_video, read_video
 from solq.predictor import Prediction, Predictor, ahead, folder_images, is_folder
-from solq.video import VideoWriter, is_video, read_video
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,6 +13,9 @@ Backend = Literal["reference", "triton"]
 # With TRITON_INTERPRET=1, set before triton is imported, kernels run on CPU tensors.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+# Operators are registered under the package's own name: `torch.ops.solq`, or that of a project that took a copy.
+NAMESPACE = __package__.removesuffix(".kernels").replace(".", "_")
+
 # Fused multiply-add in every kernel; a coming Triton release no longer does so unasked.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from solq.data.batch import PackedTargets
-from solq.matcher import HungarianMatcher
-from solq.models.mask_coding import MaskCoding
-from solq.models.solq import Outputs
-from solq.models.sqr import SeparateMaskHead
+from solq.models.solq.mask_coding import MaskCoding
+from solq.models.solq.model import Outputs
+from solq.models.solq.separate_masks import SeparateMaskHead
+from solq.training.matcher import HungarianMatcher
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al., 2017)
 
@@ -70,7 +70,7 @@ class SetCriterion(nn.Module):
         """All losses, not weighted but for ``loss_vector``'s own coefficient.
 
         Args:
-            outputs: of the model, see :meth:`solq.models.solq.SOLQ.forward`.
+            outputs: of the model, see :meth:`solq.models.solq.model.SOLQ.forward`.
             targets: packed, or a list with one dict per image: ``labels`` (n,), ``boxes`` (n, 4) cx cy w h in 0..1,
                 ``masks`` (n, N, N) in the box frame.
             num_boxes: what `count_boxes` returned, if the losses of several batches are to be added up to those of

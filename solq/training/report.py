@@ -11,12 +11,12 @@ import torch.distributed as dist
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Subset
 
-from solq.config import TrainConfig
 from solq.data.batch import collate, padded_sizes
 from solq.data.coco import CocoDataset
 from solq.evaluation import CocoEvaluator, evaluate, table
-from solq.models.solq import SOLQ
-from solq.run_log import console, say, start_worker
+from solq.models.solq.model import SOLQ
+from solq.training.config import TrainConfig
+from solq.training.run_log import console, say, start_worker
 from solq.visualize import comparison_grid, comparison_rows
 from solq.weights import save
 

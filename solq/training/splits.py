@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from solq.config import TrainConfig
 from solq.data import shapes
 from solq.data.coco import CocoDataset
 from solq.data.transforms import EvalTransform, TrainTransform
+from solq.training.config import TrainConfig
 
 
 def load_splits(config: TrainConfig, output: Path, mask_size: int, is_main: bool) -> tuple[CocoDataset, CocoDataset]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from solq import Predictor, demo
-from solq.config import ModelConfig
-from solq.models.solq import SOLQ
+from solq import Predictor
+from solq.commands import demo
+from solq.models.solq.model import SOLQ
+from solq.training.config import ModelConfig
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent from tests
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from solq import export, load, save
-from solq.config import ModelConfig
+from solq import load, save
+from solq.commands import export
 from solq.data.batch import normalize
 from solq.kernels import paste_masks, reference
-from solq.models.solq import SOLQ
+from solq.models.solq.model import SOLQ
+from solq.training.config import ModelConfig
 
 TINY = ModelConfig(
     backbone="resnet10",

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from solq import Predictor, figures, save
-from solq.config import ModelConfig
+from solq import Predictor, save
+from solq.commands import figures
 from solq.kernels import reference
-from solq.kernels.module import MSDeformAttn
-from solq.models.solq import SOLQ
+from solq.kernels.ms_deform_attn.module import MSDeformAttn
+from solq.models.solq.model import SOLQ
+from solq.training.config import ModelConfig
 
 
 def model(**changes: object) -> SOLQ:

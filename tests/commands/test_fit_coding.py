@@ -6,11 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from solq.commands.fit_coding import FitCoding, fit_coding, read_masks
 from solq.data.coco import CocoDataset
 from solq.data.shapes import generate
 from solq.data.transforms import EvalTransform
-from solq.fit_mask_coding import FitCoding, fit_coding, read_masks
-from solq.models.mask_coding import PCACoding, SparseCoding, load
+from solq.models.solq.mask_coding import PCACoding, SparseCoding, load
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from solq import info as info_module
 from solq import kernels
-from solq.info import Case, InfoConfig, backend_and_reason, info, kernel_cases, run_case
+from solq.commands import info as info_module
+from solq.commands.info import Case, InfoConfig, backend_and_reason, info, kernel_cases, run_case
 from solq.kernels import use_backend
 
 

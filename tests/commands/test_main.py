@@ -15,11 +15,11 @@ from torch import nn
 
 import solq
 from solq.__main__ import COMMANDS, main
-from solq.config import ModelMeta, preset
+from solq.commands.eval import measure
+from solq.commands.predict import image_ids, output_names
 from solq.data import shapes
-from solq.evaluate_checkpoint import measure
-from solq.models.solq import SOLQ
-from solq.predict_files import image_ids, output_names
+from solq.models.solq.model import SOLQ
+from solq.training.config import ModelMeta, preset
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ def test_eval_refuses_what_cannot_work(monkeypatch, checkpoint, dataset, tmp_pat
         ended = run(monkeypatch, "eval", checkpoint, "--data", dataset, "--output", tmp_path, f"--{option}", value)
         assert ended == f"error: {option.replace('-', '_')} is {value}, must be at least {least}"
     (tmp_path / "file").touch()
-    monkeypatch.setattr("solq.evaluate_checkpoint.evaluate", None)  # found before anything is computed
+    monkeypatch.setattr("solq.commands.eval.evaluate", None)  # found before anything is computed
     ended = run(monkeypatch, "eval", checkpoint, "--data", dataset, "--output", tmp_path / "file")
     assert str(ended).startswith("error: [Errno 17] File exists")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from solq.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
+from solq.training.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
 
 
 def state(step: int) -> dict[str, object]:

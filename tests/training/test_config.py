@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from solq.command_line import _one_line, command_line
-from solq.config import ModelConfig, Preset, TrainConfig, check_continues, check_settings, preset
+from solq.commands.flags import _one_line, command_line
+from solq.training.config import ModelConfig, Preset, TrainConfig, check_continues, check_settings, preset
 
 
 def test_defaults_are_the_published_model_and_recipe() -> None:

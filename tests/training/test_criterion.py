@@ -9,11 +9,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
-from solq.criterion import SetCriterion
 from solq.data.batch import PackedTargets
-from solq.matcher import HungarianMatcher
-from solq.models.mask_coding import DCTCoding, FlatCoding, MaskCoding, PCACoding
-from solq.models.sqr import SeparateMaskHead
+from solq.models.solq.mask_coding import DCTCoding, FlatCoding, MaskCoding, PCACoding
+from solq.models.solq.separate_masks import SeparateMaskHead
+from solq.training.criterion import SetCriterion
+from solq.training.matcher import HungarianMatcher
 
 LAYERS, QUERIES, CLASSES, SIDE, COEFFICIENTS = 3, 6, 4, 16, 12
 

@@ -7,11 +7,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-from solq.criterion import SetCriterion
 from solq.data.batch import PackedTargets
 from solq.kernels import use_backend
-from solq.matcher import HungarianMatcher
-from solq.models.mask_coding import DCTCoding
+from solq.models.solq.mask_coding import DCTCoding
+from solq.training.criterion import SetCriterion
+from solq.training.matcher import HungarianMatcher
 
 Target = dict[str, Tensor]
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solq.kernels import reference
+from solq.kernels.matching import cpu as reference
 from solq.kernels.runtime import LAUNCH_OPTIONS, backend_for
 
 ClassCost = Literal["focal", "softmax"]

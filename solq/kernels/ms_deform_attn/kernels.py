@@ -53,7 +53,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solq.kernels import reference
+from solq.kernels.ms_deform_attn import cpu as reference
 from solq.kernels.runtime import INTERPRETED, LAUNCH_OPTIONS, architecture, backend_for, require_triton, warp_size
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]

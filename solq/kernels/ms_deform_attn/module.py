@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from solq.kernels.ms_deform_attn import ms_deform_attn_fused
+from solq.kernels.ms_deform_attn.kernels import ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):

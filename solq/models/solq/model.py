@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq.config import ModelConfig, ModelMeta
+from solq.detections import Detections, postprocess
 from solq.kernels.reference import mask_runs
-from solq.models.backbone import build_backbone
-from solq.models.deformable_transformer import MLP, DeformableTransformer
-from solq.models.mask_coding import build_mask_coding
-from solq.models.sqr import SeparateMaskHead
-from solq.postprocess import Detections, postprocess
+from solq.models.backbones.resnet import build_backbone
+from solq.models.solq.mask_coding import build_mask_coding
+from solq.models.solq.separate_masks import SeparateMaskHead
+from solq.models.solq.transformer import MLP, DeformableTransformer
+from solq.training.config import ModelConfig, ModelMeta
 
 Outputs = dict[str, Any]  # tensors, and dicts and lists of them: see SOLQ.forward
 
@@ -24,7 +24,7 @@ class SOLQ(nn.Module):
     """Segmenting Objects by Learning Queries (Dong et al., NeurIPS 2021), on Deformable DETR.
 
     Args:
-        config: the architecture; see :class:`solq.config.ModelConfig`.
+        config: the architecture; see :class:`solq.training.config.ModelConfig`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -155,7 +155,7 @@ class SOLQ(nn.Module):
         run_lengths: bool = False,
     ) -> list[Detections]:
         """Detections, with masks if the model predicts any, or with run lengths instead of them; see
-        :func:`solq.postprocess.postprocess`.
+        :func:`solq.detections.postprocess`.
         """
         if self.config.mask_branch == "none":
             return postprocess(outputs, orig_sizes, None, top_k, score_threshold)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from solq.kernels.module import MSDeformAttn
-from solq.models.position_encoding import sine_box_encoding, sine_position_encoding
+from solq.kernels.ms_deform_attn.module import MSDeformAttn
+from solq.models.solq.position_encoding import sine_box_encoding, sine_position_encoding
 
 SpatialShapes = list[tuple[int, int]]
 

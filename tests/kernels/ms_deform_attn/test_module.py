@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solq.kernels import use_backend
-from solq.kernels.module import MSDeformAttn
+from solq.kernels.ms_deform_attn.module import MSDeformAttn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES, STARTS = [(4, 3), (2, 2)], [0, 12]

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
 from solq.kernels.runtime import INTERPRETED
 
-kernels = importlib.import_module("solq.kernels.ms_deform_attn")  # the package has a function of this name
+kernels = importlib.import_module("solq.kernels.ms_deform_attn.kernels")  # the package has a function of this name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 4), (1, 1), (2, 5)]

@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from solq.models.backbone import RESNETS, SWINS, build_backbone, load_backbone_weights
+from solq.models.backbones.resnet import RESNETS, SWINS, build_backbone, load_backbone_weights
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from solq import kernels
-from solq.models.mask_coding import (
+from solq.models.solq.mask_coding import (
     DCTCoding,
     FlatCoding,
     PCACoding,

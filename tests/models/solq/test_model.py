@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from solq.config import ModelConfig
-from solq.criterion import SetCriterion
 from solq.data.batch import PackedTargets
 from solq.kernels import use_backend
-from solq.matcher import HungarianMatcher
-from solq.models.solq import SOLQ
+from solq.models.solq.model import SOLQ
+from solq.training.config import ModelConfig
+from solq.training.criterion import SetCriterion
+from solq.training.matcher import HungarianMatcher
 
 TINY = ModelConfig(
     backbone="resnet10",

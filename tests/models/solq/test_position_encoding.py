@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from solq.models.position_encoding import sine_box_encoding, sine_position_encoding
+from solq.models.solq.position_encoding import sine_box_encoding, sine_position_encoding
 
 
 def feature(angle: float, index: int, features: int, temperature: float = 10000.0) -> float:

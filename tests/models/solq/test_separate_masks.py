@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solq.models.sqr import SeparateMaskHead
+from solq.models.solq.separate_masks import SeparateMaskHead
 
 WIDTH, HEADS = 64, 4
 SHAPES = [(8, 12), (4, 6), (2, 3), (1, 2)]  # C3, C4, C5, C6 of an image of 64×96 pixels

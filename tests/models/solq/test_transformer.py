@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq.kernels.module import MSDeformAttn
-from solq.models.deformable_transformer import (
+from solq.kernels.ms_deform_attn.module import MSDeformAttn
+from solq.models.solq.transformer import (
     MLP,
     DecoderLayer,
     DeformableTransformer,
