@@ -4,14 +4,18 @@
 project's way too.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from solq.detections import encode_masks, postprocess
-from solq.kernels import dct_decode_paste, dct_encode, use_backend
+from solq.detections import encode_masks
+from solq.kernels import dct_encode, use_backend
+from solq.models.solq.config import SOLQConfig
+from solq.models.solq.model import SOLQ
 
 H, W, QUERIES, CLASSES = 480, 640, 300, 91
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,17 +28,17 @@ def make_outputs() -> dict[str, Tensor]:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
     ellipse = (x**2 + y**2 < 1)[None]
     outputs = {
-        "pred_logits": torch.randn(1, QUERIES, CLASSES, generator=generator) - 4,
-        "pred_boxes": 0.05 + torch.rand(1, QUERIES, 4, generator=generator) * 0.4,
-        "pred_vectors": dct_encode(ellipse).expand(QUERIES, -1)[None],
+        "pred_logits": torch.randn(1, 1, QUERIES, CLASSES, generator=generator) - 4,
+        "pred_boxes": 0.05 + torch.rand(1, 1, QUERIES, 4, generator=generator) * 0.4,
+        "pred_vectors": dct_encode(ellipse).expand(QUERIES, -1)[None, None],
     }
     return {key: value.to(DEVICE) for key, value in outputs.items()}
 
 
-def decode_masks(
-    outputs: dict[str, Tensor], image: int, queries: Tensor, boxes: Tensor, size: tuple[int, int]
-) -> Tensor:
-    return dct_decode_paste(outputs["pred_vectors"][image, queries], boxes, size)
+@functools.cache
+def model() -> SOLQ:
+    """Build a model for its postprocessing; its layers are never run."""
+    return SOLQ(SOLQConfig(backbone="resnet10", width=64, num_classes=CLASSES, num_queries=QUERIES)).to(DEVICE)
 
 
 def finished(function, *arguments):
@@ -52,13 +56,13 @@ def by_pycocotools(masks: Tensor) -> list[dict]:
 def test_postprocess(benchmark, masks):
     outputs, sizes = make_outputs(), torch.tensor([[H, W]])
     with use_backend(BACKEND):
-        detections = benchmark(finished, postprocess, outputs, sizes, decode_masks if masks else None)
+        detections = benchmark(finished, functools.partial(model().postprocess, outputs, sizes, with_masks=masks))
     assert len(detections[0]) == 100
 
 
 @pytest.mark.parametrize("encode", [encode_masks, by_pycocotools], ids=["solq", "pycocotools"])
 def test_run_lengths(benchmark, encode):
     with use_backend(BACKEND):
-        (detections,) = postprocess(make_outputs(), torch.tensor([[H, W]]), decode_masks)
+        (detections,) = model().postprocess(make_outputs(), torch.tensor([[H, W]]))
     encoded = benchmark(finished, encode, detections.masks)
     assert len(encoded) == 100

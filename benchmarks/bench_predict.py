@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from solq import Predictor
-from solq.detections import postprocess
+from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
-from solq.training.config import ModelConfig
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -27,9 +26,8 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 def model() -> SOLQ:
     """Untrained, but with boxes and masks of many sizes and forms."""
     torch.manual_seed(0)
-    model = SOLQ(ModelConfig()).eval()
-    assert model.vector_embed is not None
-    for head in [*model.bbox_embed, model.vector_embed]:
+    model = SOLQ(SOLQConfig()).eval()
+    for head in [*model.bbox_embed, model.masks.vector_embed]:
         nn.init.normal_(head.layers[-1].weight, std=0.05)
     return model
 
@@ -57,9 +55,10 @@ def test_cpu_480x640(benchmark, model, part):
         assert found.masks.shape == (100, 480, 640)
         return
     outputs = predictor._forward(image[None], torch.zeros(1, 480, 640, dtype=torch.bool))
-    (boxes_only,) = postprocess(outputs, torch.tensor([[480, 640]]), None)
+    (found,) = model.postprocess(outputs, torch.tensor([[480, 640]]), with_masks=False)
+    queries = torch.arange(100)
     masks = benchmark.pedantic(
-        lambda: model.decode_masks(outputs, 0, torch.arange(100), boxes_only.boxes, (480, 640)), rounds=9
+        lambda: model.masks.masks(outputs, 0, queries, found.labels, found.boxes, (480, 640)), rounds=9
     )
     assert masks.shape == (100, 480, 640)
 

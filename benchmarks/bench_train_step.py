@@ -13,9 +13,9 @@ import torch
 
 from solq.data.batch import PackedTargets
 from solq.models.solq.model import SOLQ
-from solq.training.config import preset
 from solq.training.criterion import SetCriterion
 from solq.training.matcher import HungarianMatcher
+from solq.training.presets import preset
 
 CASES = {  # preset, images, their size, objects per image, rounds
     "r50 480x640": ("r50", 2, (480, 640), 12, 3),
@@ -28,11 +28,11 @@ def training_step(name: str, images: int, size: tuple[int, int], objects: int, *
     torch.manual_seed(0)
     config = preset(name, cpu=device.type == "cpu")  # type: ignore[arg-type]
     model = SOLQ(config.model).to(device)
-    criterion = SetCriterion(HungarianMatcher(), model.mask_coding, decoder_layers=config.model.decoder_layers)
+    criterion = SetCriterion(HungarianMatcher(), model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     pixels = torch.randn(images, 3, *size, device=device)
     padding_mask = torch.zeros(images, *size, dtype=torch.bool, device=device)
-    total, N = images * objects, model.mask_coding.size
+    total, N = images * objects, config.model.mask_target_size
     targets = PackedTargets(
         labels=torch.randint(0, config.model.num_classes, (total,)),
         boxes=torch.rand(total, 4) * 0.4 + 0.1,

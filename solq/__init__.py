@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from solq.detections import Detections
     from solq.predictor import Predictor
+    from solq.training.criterion import SetCriterion
+    from solq.training.matcher import HungarianMatcher
     from solq.weights import load, save
 
 __version__ = "0.1.0"
 
-__all__ = ["Detections", "Predictor", "load", "save"]
+__all__ = ["Detections", "HungarianMatcher", "Predictor", "SetCriterion", "load", "save"]
 
 _HOME = {
     "Detections": "solq.detections",
+    "HungarianMatcher": "solq.training.matcher",
+    "SetCriterion": "solq.training.criterion",
     "Predictor": "solq.predictor",
     "load": "solq.weights",
     "save": "solq.weights",

@@ -1,6 +1,6 @@
-"""The outputs of the model to detections in the pixels of the original image."""
+"""Detections: what a model found in an image, in the pixels of that image, and the facts that it is used with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,27 +9,45 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from solq.kernels.reference import mask_runs
-from solq.training.config import ModelMeta
 
-# Outputs, an image of the batch, queries (K,), their boxes (K, 4) in pixels, (H, W) to masks (K, H, W) bool, or to
-# `paste_runs` of them.
-DecodeMasks = Callable[[Mapping[str, Any], int, Tensor, Tensor, tuple[int, int]], Tensor]
-DecodeRuns = Callable[[Mapping[str, Any], int, Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
-MASK_PIXELS = 2**27  # decoded at once: 100 masks of an image up to 1,300,000 pixels, half a gigabyte as float32
+@dataclass
+class ModelMeta:
+    """The facts that a trained model is used with besides its weights; they travel with them in a file."""
+
+    class_names: list[str] = field(default_factory=list)
+    """Name of each label, empty for a label that no category has; an empty list if they are not known."""
+    category_ids: list[int] = field(default_factory=list)
+    """The dataset's category of each label; an empty list if the labels are the categories."""
+    eval_scale: int = 800
+    """Length of the shorter image side in pixels."""
+    max_size: int = 1333
+    """Bound of the longer side in pixels."""
+    license: str = "Apache-2.0"
+    """License of the weights."""
+
+
+def coco_class_names() -> list[str]:
+    """Return the names of COCO's categories by their ids 0 … 90; empty for the ids that are not used."""
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return ["" if name in ("__background__", "N/A") else name for name in names]
 
 
 @dataclass
 class Detections:
-    """What was found in one image, best first. K masks, on the device of the model's outputs.
+    """The K detections of one image, best first, on the device of the model's outputs.
 
-    boxes (K, 4) float32, x0 y0 x1 y1 in pixels of the original image, not clipped to it; scores (K,) float32;
-    labels (K,) int64, indices into the model's classes; masks (K, H, W) bool, or None without a mask coding; meta names
-    the classes and their categories; run_lengths are the masks as `rle` gives them, where they were decoded to those
-    and `masks` is None.
+    Attributes:
+        boxes: (K, 4) float32, x0 y0 x1 y1 in pixels of the original image, not clipped to it.
+        scores: (K,) float32 in 0..1.
+        labels: (K,) int64, indices into the model's classes.
+        masks: (K, H, W) bool; None if the model predicts no masks, or if they are kept as `run_lengths`.
+        meta: names the classes and their categories.
+        run_lengths: the masks as :meth:`rle` returns them, if they were decoded to those.
+        queries: (K,) int64, the query that found each object; None if no model did.
     """
 
     boxes: Tensor
@@ -38,6 +56,7 @@ class Detections:
     masks: Tensor | None = None
     meta: ModelMeta = field(default_factory=ModelMeta)
     run_lengths: list[dict[str, Any]] | None = None
+    queries: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -50,12 +69,15 @@ class Detections:
         if run_lengths is not None:
             index = kept if isinstance(kept, slice) else kept.cpu()
             run_lengths = [run_lengths[k] for k in torch.arange(len(self))[index].tolist()]
-        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks, self.meta, run_lengths)
+        queries = None if self.queries is None else self.queries[kept]
+        boxes, scores, labels = self.boxes[kept], self.scores[kept], self.labels[kept]
+        return Detections(boxes, scores, labels, masks, self.meta, run_lengths, queries)
 
     def to(self, device: torch.device | str) -> "Detections":
         masks = None if self.masks is None else self.masks.to(device)
+        queries = None if self.queries is None else self.queries.to(device)
         boxes, scores, labels = self.boxes.to(device), self.scores.to(device), self.labels.to(device)
-        return Detections(boxes, scores, labels, masks, self.meta, self.run_lengths)
+        return Detections(boxes, scores, labels, masks, self.meta, self.run_lengths, queries)
 
     @property
     def class_names(self) -> list[str]:
@@ -149,50 +171,3 @@ def encode_runs(places: Tensor, counts: Tensor, image_size: tuple[int, int]) -> 
     of_mask = np.split(places.cpu().numpy(), counts.cumsum(0).cpu().numpy()[:-1])
     runs = [{"size": [H, W], "counts": np.diff(ends, prepend=0, append=H * W)} for ends in of_mask]
     return [rle | {"counts": rle["counts"].decode()} for rle in coco_mask.frPyObjects(runs, H, W)]
-
-
-@torch.no_grad()
-def postprocess(
-    outputs: Mapping[str, Any],
-    orig_sizes: Tensor,
-    decode_masks: DecodeMasks | None,
-    top_k: int = 100,
-    score_threshold: float = 0.0,
-    decode_runs: DecodeRuns | None = None,
-) -> list[Detections]:
-    """The `top_k` best of queries × classes of each image by sigmoid score, as in Deformable DETR.
-
-    Args:
-        outputs: pred_logits (B, Q, C), pred_boxes (B, Q, 4) as cx cy w h in 0..1 of the image without its padding,
-            and what `decode_masks` reads; others are left alone.
-        orig_sizes: (B, 2) int, H and W of the images on disk.
-        decode_masks: of the model, see :meth:`solq.models.solq.model.SOLQ.decode_masks`; None for no masks.
-        top_k: the most detections of an image; a query may be among them with several classes.
-        score_threshold: detections of a lower score are dropped before their masks are decoded.
-        decode_runs: the same for run lengths, see `SOLQ.decode_runs`; None for no run lengths.
-    """
-    scores = outputs["pred_logits"].float().sigmoid()
-    B, Q, C = scores.shape
-    if len(orig_sizes) != B:
-        raise ValueError(f"orig_sizes has {len(orig_sizes)} images but the outputs have {B}")
-    scores, order = scores.flatten(1).topk(min(top_k, Q * C))
-    extents = orig_sizes.to(scores).flip(-1).repeat(1, 2)  # W H W H
-    boxes = box_convert(outputs["pred_boxes"].float(), "cxcywh", "xyxy") * extents[:, None]
-
-    detections = []
-    for image, (H, W) in enumerate(orig_sizes.tolist()):
-        kept = scores[image] >= score_threshold
-        query, label = order[image, kept] // C, order[image, kept] % C
-        queries, of_detection = query.unique(return_inverse=True)  # each query's mask once
-        parts = queries.split(max(1, MASK_PIXELS // (H * W)))  # the masks of a huge image have to fit in memory
-        masks = run_lengths = None
-        if decode_masks is not None:
-            masks = torch.cat([decode_masks(outputs, image, some, boxes[image, some], (H, W)) for some in parts])
-            masks = masks[of_detection]
-        if decode_runs is not None:
-            runs = [decode_runs(outputs, image, some, boxes[image, some], (H, W)) for some in parts]
-            encoded = [rle for places, counts in runs for rle in encode_runs(places, counts, (H, W))]
-            run_lengths = [encoded[k] for k in of_detection.tolist()]
-        found = Detections(boxes[image, query], scores[image, kept], label, masks, run_lengths=run_lengths)
-        detections.append(found)
-    return detections

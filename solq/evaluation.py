@@ -23,7 +23,7 @@ from torchvision.ops import box_convert
 from solq.data.batch import Batch, normalize
 from solq.data.coco import read_segmentation
 from solq.detections import Detections
-from solq.models.solq.model import SOLQ
+from solq.models.base import InstanceSegmenter
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class CocoEvaluator:
 
 
 def evaluate(
-    model: SOLQ,
+    model: InstanceSegmenter,
     loader: Iterable[Batch | None],
     evaluator: CocoEvaluator,
     device: torch.device,
@@ -177,7 +177,7 @@ def evaluate(
                 torch.inference_mode(),
                 torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
             ):
-                outputs = model(normalize(images, padding_mask), padding_mask)
+                outputs = model(normalize(images, padding_mask), padding_mask, last_layer_only=True)
             detections = model.postprocess(outputs, batch.targets.orig_sizes, top_k, run_lengths=True)
             evaluator.update(batch.targets.image_ids.tolist(), detections)
             if progress is not None:

@@ -20,7 +20,7 @@ from solq.data.batch import Size, normalize, padded_sizes
 from solq.data.image import rgb_pixels
 from solq.data.transforms import View, resized, view_image
 from solq.detections import Detections
-from solq.models.solq.model import SOLQ
+from solq.models.base import InstanceSegmenter
 from solq.weights import check_length, load
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: SOLQ | str | Path,
+        model: InstanceSegmenter | str | Path,
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
@@ -224,10 +224,9 @@ class Predictor:
         }
 
     def _compute(self, images: Tensor, padding_mask: Tensor) -> dict[str, Any]:
-        """Outputs for images (B, 3, H, W) uint8; compiled, the heads of the layers that are not returned fall away."""
+        """Return the last layer's outputs for images (B, 3, H, W) uint8."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            outputs = self.model(normalize(images, padding_mask), padding_mask)
-        return {key: value for key, value in outputs.items() if key not in ("aux_outputs", "enc_outputs")}
+            return self.model(normalize(images, padding_mask), padding_mask, last_layer_only=True)
 
 
 @dataclass

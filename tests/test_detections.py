@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
+from stub_model import postprocess
 from torch import Tensor
 
-from solq import detections as postprocess_module
-from solq.detections import Detections, encode_masks, encode_runs, postprocess
+from solq.detections import Detections, encode_masks, encode_runs
 from solq.kernels import crop_dct_encode, dct_decode_binary, dct_decode_paste, paste_runs
 from solq.kernels.reference import mask_runs
+from solq.models import base
 
 
 def decode_masks(outputs: dict, image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -92,7 +93,7 @@ def test_each_query_is_decoded_once():
 def test_huge_images_are_decoded_in_parts(monkeypatch):
     outputs, sizes = random_outputs(), torch.tensor([[40, 50], [31, 17]])
     whole = postprocess(outputs, sizes, decode_masks)
-    monkeypatch.setattr(postprocess_module, "MASK_PIXELS", 3 * 40 * 50)
+    monkeypatch.setattr(base, "MASK_PIXELS", 3 * 40 * 50)
     for expected, parts in zip(whole, postprocess(outputs, sizes, decode_masks), strict=True):
         assert torch.equal(parts.masks, expected.masks)
 
@@ -105,7 +106,7 @@ def test_run_lengths_instead_of_masks(monkeypatch):
         return paste_runs(dct_decode_binary(outputs["pred_vectors"][image, queries], 32), boxes, size)
 
     whole = postprocess(outputs, sizes, decode_masks, score_threshold=0.3)
-    monkeypatch.setattr(postprocess_module, "MASK_PIXELS", 3 * 40 * 50)
+    monkeypatch.setattr(base, "MASK_PIXELS", 3 * 40 * 50)
     runs = postprocess(outputs, sizes, None, score_threshold=0.3, decode_runs=decode_runs)
     for expected, found in zip(whole, runs, strict=True):
         assert len(found) > 3

@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from solq.data import shapes
 from solq.kernels.matching.cost import ClassCost
-from solq.models.solq.mask_coding import DCTCoding
-from solq.training.config import ModelConfig, TrainConfig
+from solq.models.solq.config import SOLQConfig
+from solq.models.solq.model import SOLQ
+from solq.training.config import TrainConfig
 from solq.training.criterion import SetCriterion
+from solq.training.distributed import Process
 from solq.training.matcher import HungarianMatcher
 
 REPOSITORY = Path(__file__).parent.parent
@@ -98,7 +100,7 @@ class Finished(Exception):
 
 
 def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], settings: dict[str, Any]) -> None:
-    small = ModelConfig(
+    small = SOLQConfig(
         backbone="resnet10", backbone_norm="group", width=64, encoder_layers=1, decoder_layers=2, feedforward=64,
         num_queries=10, num_coefficients=32, mask_size=32, vector_hidden=64,
     )  # fmt: skip
@@ -107,7 +109,7 @@ def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], setti
         backbone_weights="none", steps=100, log_every=100,
     )  # fmt: skip
     with pytest.raises(Finished):
-        main.train(replace(config, **settings), 0, 1, DEVICE)
+        main.train(replace(config, **settings), Process(0, 1, DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -171,14 +173,11 @@ def test_matcher_never_waits(class_cost: ClassCost) -> None:
 
 
 def test_losses_of_a_list_of_targets_never_wait() -> None:
-    layers = [
-        {
-            "pred_logits": torch.zeros(2, 6, 4, device=DEVICE, requires_grad=True),
-            "pred_boxes": torch.full((2, 6, 4), 0.5, device=DEVICE, requires_grad=True),
-            "pred_vectors": torch.zeros(2, 6, 12, device=DEVICE, requires_grad=True),
-        }
-        for _ in range(2)
-    ]
+    outputs = {
+        "pred_logits": torch.zeros(2, 2, 6, 4, device=DEVICE, requires_grad=True),
+        "pred_boxes": torch.full((2, 2, 6, 4), 0.5, device=DEVICE, requires_grad=True),
+        "pred_vectors": torch.zeros(2, 2, 6, 12, device=DEVICE, requires_grad=True),
+    }
     targets = [
         {
             "labels": torch.zeros(n, device=DEVICE, dtype=torch.int64),
@@ -190,7 +189,8 @@ def test_losses_of_a_list_of_targets_never_wait() -> None:
         }
         for n in (3, 0)
     ]
-    criterion = SetCriterion(HungarianMatcher(), DCTCoding(12, 16), decoder_layers=2)
+    config = SOLQConfig(backbone="resnet10", num_classes=4, width=64, encoder_layers=1, decoder_layers=2)
+    criterion = SetCriterion(HungarianMatcher(), SOLQ(replace(config, num_coefficients=12, mask_size=16)))
     for step in range(2):
         with no_host_wait() if step else contextlib.nullcontext():
-            criterion.total(criterion({**layers[0], "aux_outputs": layers[1:]}, targets)).backward()
+            criterion.total(criterion(outputs, targets)).backward()

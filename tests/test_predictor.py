@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import solq
-from solq.detections import Detections
+from solq.detections import Detections, ModelMeta
 from solq.models.solq.model import SOLQ
 from solq.predictor import Predictor, ahead, choose_device, folder_images, read_rgb
-from solq.training.config import ModelMeta, preset
+from solq.training.presets import preset
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,7 @@ def model() -> SOLQ:
     """Untrained, with boxes and masks that depend on the image."""
     torch.manual_seed(0)
     model = SOLQ(replace(preset("shapes", cpu=True).model, num_classes=3, num_queries=5))
-    assert model.vector_embed is not None
-    for head in [*model.bbox_embed, model.vector_embed]:
+    for head in [*model.bbox_embed, model.masks.vector_embed]:
         nn.init.normal_(head.layers[-1].weight, std=0.05)
     model.meta = ModelMeta(["cat", "", "dog"], [5, 6, 9], 64, 96)
     return model.eval()

@@ -35,8 +35,8 @@ MODEL = (
 )
 SMALL = (
     "--device cpu --scales 64 --max-size 64 --eval-scale 64 --batch-size 4 --workers 0 --log-every 1 "
-    "--lr 5e-4 --lr-backbone 5e-4 --lr-points 5e-5 --lr-drop 0.8 --clip-norm 1 --warmup-steps 0 --ema-decay 0 --seed 3 "
-    f"--no-crop --save-every 100 {MODEL}"
+    "--lr 5e-4 --lr-backbone 5e-4 --model.lr-points 5e-5 --lr-drop 0.8 --clip-norm 1 --warmup-steps 0 --ema-decay 0 "
+    f"--seed 3 --no-crop --save-every 100 {MODEL}"
 ).split()
 # Everything with a state of its own: dropout, several sizes, worker processes, an average of the weights.
 STATE = "--steps 16 --save-every 4 --workers 1 --scales 48 64 --model.dropout 0.1 --ema-decay 0.9"
@@ -275,14 +275,14 @@ def cut_short(image: Path) -> None:
 
 
 def test_ctrl_c_saves_and_exits(data: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    count_boxes, calls = train.SetCriterion.count_boxes, iter(range(99))
+    count_targets, calls = train.SetCriterion.count_targets, iter(range(99))
 
     def press(*args: Any) -> torch.Tensor:
         if next(calls) == 2:  # of one call in each step
             signal.raise_signal(signal.SIGINT)
-        return count_boxes(*args)
+        return count_targets(*args)
 
-    monkeypatch.setattr(train.SetCriterion, "count_boxes", staticmethod(press))
+    monkeypatch.setattr(train.SetCriterion, "count_targets", staticmethod(press))
     before = signal.getsignal(signal.SIGINT)
     flags = [*SMALL, "--data", data, "--output", tmp_path / "run", "--steps", "5"]
     ended = main(*flags)
@@ -297,7 +297,7 @@ def test_ctrl_c_saves_and_exits(data: Path, tmp_path: Path, main: Main, monkeypa
 def test_accumulated_parts_are_one_batch(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     """With four images an epoch is one step of all of them, in one part or in two; they are not mirrored here."""
     monkeypatch.setattr(
-        "solq.training.splits.TrainTransform", lambda **settings: TrainTransform(**settings, flip=False)
+        "solq.training.loaders.TrainTransform", lambda **settings: TrainTransform(**settings, flip=False)
     )
     shapes.generate(tmp_path / "data", num_train=4, num_val=1, image_size=64)
     for parts in (1, 2):
@@ -311,8 +311,9 @@ def test_overfitting_eight_images(tmp_path: Path, main: Main) -> None:
     """Measured: box AP 1.00, mask AP 0.52 and 0.92 at an IoU of one half, in half a minute of one core."""
     shapes.generate(tmp_path / "data", num_train=8, num_val=1, image_size=64)
     recipe = (
-        "--val-split train2017 --steps 300 --batch-size 8 --warmup-steps 20 --log-every 10 --vector-loss-weight 10 "
-        "--lr 2e-3 --lr-backbone 2e-3 --lr-points 2e-4 --clip-norm 5 --model.two-stage --model.feedforward 128 "
+        "--val-split train2017 --steps 300 --batch-size 8 --warmup-steps 20 --log-every 10 "
+        "--model.vector-loss-weight 10 --lr 2e-3 --lr-backbone 2e-3 --model.lr-points 2e-4 --clip-norm 5 "
+        "--model.two-stage --model.feedforward 128 "
         "--model.vector-hidden 256 --model.num-queries 12 --model.num-coefficients 36 --model.mask-size 16"
     )
     main(*SMALL, *recipe.split(), "--data", tmp_path / "data", "--output", tmp_path / "run")
@@ -493,8 +494,8 @@ def test_truncated_images_are_skipped_and_counted(workers: int, own_data: Path, 
         ("--backbone-weights imagenet", "resnet10 has no ImageNet weights"),
         ("--init-weights nowhere.pt", "nowhere.pt: no such file"),
         ("--model.mask-coding pca", "the pca mask coding has to be fitted first"),
-        ("--mask-coding-weights train.py", "train.py"),
-        ("--freeze-detector", "leaves nothing to train without --model.mask-branch separate"),
+        ("--model.mask-coding-weights train.py", "train.py"),
+        ("--model.freeze-detector", "leaves nothing to train without --model.mask-branch separate"),
         ("--data nowhere", "nowhere"),
         pytest.param(
             "--device cuda",
@@ -578,7 +579,7 @@ def test_full_disk(data: Path, tmp_path: Path, main: Main, monkeypatch: pytest.M
 def test_detector_first_then_its_masks(started: Path, data: Path, tmp_path: Path, main: Main) -> None:
     """A separate mask branch is trained on a finished detector, which stays as it is (paper, Table 2)."""
     newest = checkpoints(started / "checkpoints")[0]
-    flags = ["--model.mask-branch", "separate", "--init-weights", newest, "--freeze-detector", "--steps", "2"]
+    flags = ["--model.mask-branch", "separate", "--init-weights", newest, "--model.freeze-detector", "--steps", "2"]
     main(*SMALL, *flags, "--data", data, "--output", tmp_path / "masks")
     before = load_checkpoint(newest)["model"]
     after = load_checkpoint(checkpoints(tmp_path / "masks" / "checkpoints")[0])["model"]

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import solq
+from solq.detections import ModelMeta, coco_class_names
+from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
+from solq.models.solq.official import infer_config, official_names
 from solq.training.checkpoint import save_checkpoint
-from solq.training.config import ModelConfig, ModelMeta, preset
-from solq.weights import coco_class_names, infer_config, official_names
+from solq.training.presets import preset
 
 Shapes = dict[str, list[int]]
 
@@ -60,11 +62,11 @@ def test_safetensors_come_back(small_model, tmp_path):
 def test_fitted_coding_is_part_of_the_file(tmp_path):
     config = replace(preset("shapes", cpu=True).model, mask_coding="pca", num_coefficients=4, mask_size=8)
     model = SOLQ(config).eval()
-    model.mask_coding.fit(torch.rand(20, 8, 8) > 0.5)
+    model.masks.coding.fit(torch.rand(20, 8, 8) > 0.5)
     solq.save(model, tmp_path / "model.safetensors")
     loaded = solq.load(tmp_path / "model.safetensors")
     assert_same_model(loaded, model)
-    assert loaded.mask_coding.fitted
+    assert loaded.masks.coding.fitted
 
 
 def training_state(model: SOLQ, **entries: Any) -> dict[str, Any]:
@@ -284,12 +286,12 @@ OFFICIAL_SWIN_T = {
 def assert_outputs(model: SOLQ, expected: dict[str, list[float]]) -> None:
     outputs = model(*two_images())
     for key, values in expected.items():
-        assert outputs[key][:, ::75, :2].flatten().tolist() == pytest.approx(values, abs=1e-4), key
+        assert outputs[key][-1, :, ::75, :2].flatten().tolist() == pytest.approx(values, abs=1e-4), key
 
 
 def test_official_r50_gives_the_official_outputs(official_r50):
     model = solq.load(official_r50)
-    assert model.config == ModelConfig(num_coefficients=256, mask_size=128)
+    assert model.config == SOLQConfig(num_coefficients=256, mask_size=128)
     assert model.meta.class_names[1] == "person"
     assert model.meta.class_names[90] == "toothbrush"
     assert sum(map(bool, model.meta.class_names)) == 80
@@ -318,7 +320,7 @@ def test_official_swin_gives_the_official_outputs(tmp_path):
 def test_every_official_key_has_its_place(backbone, two_stage, shapes):
     weights = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     config = infer_config(weights)
-    assert config == ModelConfig(backbone=backbone, two_stage=two_stage, num_coefficients=256, mask_size=128)
+    assert config == SOLQConfig(backbone=backbone, two_stage=two_stage, num_coefficients=256, mask_size=128)
     with torch.device("meta"):
         model = SOLQ(config)
     tensors = dict(model.named_buffers()) | model.state_dict()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -22,9 +22,8 @@ from solq.commands.predict import DTYPES
 from solq.data.batch import collate, padded_sizes
 from solq.data.coco import CocoDataset
 from solq.data.transforms import EvalTransform
-from solq.detections import postprocess
 from solq.evaluation import CocoEvaluator, class_table, evaluate, table
-from solq.models.solq.model import SOLQ
+from solq.models.base import InstanceSegmenter
 from solq.predictor import Predictor, choose_device
 from solq.weights import load
 
@@ -118,7 +117,9 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     return metrics
 
 
-def predict_listed(config: EvalConfig, model: SOLQ, folder: Path, image_list: Path, console: Console) -> None:
+def predict_listed(
+    config: EvalConfig, model: InstanceSegmenter, folder: Path, image_list: Path, console: Console
+) -> None:
     """Write results.json of the images in a list without annotations, for COCO's test server.
 
     Raises:
@@ -150,7 +151,7 @@ def predict_listed(config: EvalConfig, model: SOLQ, folder: Path, image_list: Pa
     console.print(f"{image_list} has no annotations to score against: results.json is in {config.output}")
 
 
-def categories_of_labels(model: SOLQ, dataset: CocoDataset) -> list[int]:
+def categories_of_labels(model: InstanceSegmenter, dataset: CocoDataset) -> list[int]:
     """The dataset's category of each of the model's labels.
 
     Raises:
@@ -174,7 +175,7 @@ def categories_of_labels(model: SOLQ, dataset: CocoDataset) -> list[int]:
 
 
 @torch.no_grad()
-def measure(model: SOLQ, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def measure(model: InstanceSegmenter, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Parameters, operations and time of one image of 512×852, with masks of 100 objects, as in the paper's Table 5.
 
     Returns:
@@ -183,30 +184,28 @@ def measure(model: SOLQ, device: torch.device, dtype: torch.dtype) -> dict[str, 
         and convolutions are counted, of all decoder layers' heads.
     """
     model = model.to(device).eval()
-    branch = model.vector_embed or model.mask_head
     on_meta = copy.deepcopy(model).to("meta").requires_grad_(False)  # the counter asks views of weights for their graph
     counter = FlopCounterMode(display=False)
     with counter:
         on_meta(torch.zeros(1, 3, *INPUT_SIZE, device="meta"), torch.zeros(1, *INPUT_SIZE, device="meta") > 0)
     counts = counter.get_flop_counts()
-    name = "vector_embed" if model.vector_embed else "mask_head"
 
     images = torch.randn(1, 3, *INPUT_SIZE, device=device)
     padding_mask = torch.zeros(1, *INPUT_SIZE, dtype=torch.bool, device=device)
 
-    def forward() -> dict:
+    def forward() -> Any:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return model(images, padding_mask)
 
     outputs, sizes = forward(), torch.tensor([INPUT_SIZE])
     network = seconds_of(forward, device)
     with_masks = seconds_of(lambda: model.postprocess(outputs, sizes), device)
-    boxes_only = seconds_of(lambda: postprocess(outputs, sizes, None), device)
+    boxes_only = seconds_of(lambda: model.postprocess(outputs, sizes, with_masks=False), device)
     return {
         "parameters": float(sum(p.numel() for p in model.parameters())),
-        "mask_parameters": float(sum(p.numel() for p in branch.parameters())) if branch else 0.0,
+        "mask_parameters": float(sum(p.numel() for p in model.masks.parameters())),
         "flops": float(counter.get_total_flops()),
-        "mask_flops": float(sum(counts.get(f"SOLQ.{name}", {}).values())),
+        "mask_flops": float(sum(counts.get(f"{type(model).__name__}.masks", {}).values())),
         "seconds": network + with_masks,
         "mask_seconds": with_masks - boxes_only,
     }

@@ -19,13 +19,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from solq.data.batch import normalize
 from solq.kernels.ms_deform_attn import cpu as reference
-from solq.models.solq.model import SOLQ
+from solq.models.base import InstanceSegmenter, select_top_k
 from solq.predictor import choose_device
-from solq.training.config import ModelConfig
 from solq.weights import load
 
 Format = Literal["torch-export", "aoti", "onnx"]
@@ -98,7 +96,7 @@ class Detector(nn.Module):
         top_k: K, at most queries × classes.
     """
 
-    def __init__(self, model: SOLQ, top_k: int) -> None:
+    def __init__(self, model: InstanceSegmenter, top_k: int) -> None:
         super().__init__()
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}, must be at least 1")
@@ -112,23 +110,10 @@ class Detector(nn.Module):
             images: (B, 3, H, W) uint8.
             padding_mask: (B, H, W) bool, True on padding.
         """
-        outputs = self.model(normalize(images, padding_mask), padding_mask)
-        probabilities = outputs["pred_logits"].sigmoid()
-        C = probabilities.shape[2]
-        scores, order = probabilities.flatten(1).topk(self.top_k)
-        query, labels = order // C, order % C
-        boxes = outputs["pred_boxes"].gather(1, query[:, :, None].expand(-1, -1, 4))
-        detections = {"scores": scores, "labels": labels, "boxes": box_convert(boxes, "cxcywh", "xyxy")}
-        if self.model.vector_embed:
-            vectors = outputs["pred_vectors"]
-            vectors = vectors.gather(1, query[:, :, None].expand(-1, -1, vectors.shape[2]))
-            coding = self.model.mask_coding
-            detections["masks"] = coding.binarize(coding.decode(vectors.flatten(0, 1))).unflatten(0, query.shape)
-        elif self.model.mask_head:
-            image = torch.arange(images.shape[0], device=images.device)[:, None].expand_as(query)
-            logits = self.model.mask_head.mask_logits(outputs["mask_features"], image.flatten(), query.flatten())
-            detections["mask_logits"] = logits.unflatten(0, query.shape)
-        return detections
+        outputs = self.model(normalize(images, padding_mask), padding_mask, last_layer_only=True)
+        selection = select_top_k(outputs, self.top_k)
+        detections = {"scores": selection.scores, "labels": selection.labels, "boxes": selection.boxes}
+        return detections | self.model.masks.export(outputs, selection)
 
 
 @dataclass
@@ -140,13 +125,13 @@ class SizeLimits:
     max_size: int
 
 
-def size_limits(model: SOLQ, config: ExportConfig) -> SizeLimits:
+def size_limits(model: InstanceSegmenter, config: ExportConfig) -> SizeLimits:
     """The settings' limits, or the widest that the model allows.
 
     Raises:
         ValueError: if they are no multiples of 32, or the model cannot take images of the least size.
     """
-    least = smallest_size(model.config)
+    least = model.config.min_image_size
     largest = config.max_size or max(least + 2 * STRIDE, math.ceil(model.meta.max_size / STRIDE) * STRIDE)
     limits = SizeLimits(config.max_batch, config.min_size or least, largest)
     for name in ("min_size", "max_size"):
@@ -162,19 +147,6 @@ def size_limits(model: SOLQ, config: ExportConfig) -> SizeLimits:
     if limits.max_batch < 2:
         raise ValueError(f"max_batch is {limits.max_batch}, must be at least 2 (a batch may still be of one image)")
     return limits
-
-
-def smallest_size(config: ModelConfig) -> int:
-    """The least side of a square image with two pixels across on every level, and one for every query of two stages."""
-    side = 0
-    while True:
-        side += STRIDE
-        sides = [side // 8, side // 16, side // 32]
-        while len(sides) < config.num_levels:
-            sides.append((sides[-1] + 1) // 2)
-        enough = not config.two_stage or sum(n * n for n in sides[: config.num_levels]) >= config.num_queries
-        if sides[-1] >= 2 and enough:
-            return side
 
 
 def trace(detector: Detector, limits: SizeLimits, plain_sampling: bool = False) -> torch.export.ExportedProgram:
@@ -246,17 +218,9 @@ def describe(detector: Detector, limits: SizeLimits, format: Format, device: tor
         "labels": f"(B, {K}) int64, indices into class_names and category_ids",
         "boxes": f"(B, {K}, 4) float32, x0 y0 x1 y1 in 0..1 of each image without its padding",
     }
-    if model.vector_embed:
-        N = model.mask_coding.size
-        outputs["masks"] = f"(B, {K}, {N}, {N}) bool, each stretched over its box: paste it there"
-    elif model.mask_head:
-        stride = model.mask_head.stride
-        outputs["mask_logits"] = (
-            f"(B, {K}, H/{stride}, W/{stride}) float32 over the padded image: the mask is where it is above 0, "
-            "inside the box"
-        )
+    outputs |= model.masks.describe_export(K)
     return {
-        "model": "solq",
+        "model": model.name,
         "format": format,
         "device": device.type,
         "needs": "import solq.kernels before loading" if device.type == "cuda" else "nothing of this package",

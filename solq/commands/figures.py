@@ -1,22 +1,20 @@
 """`solq figures`: the paper's pictures of a trained model's own predictions."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from solq.detections import Detections
-from solq.kernels.ms_deform_attn.module import MSDeformAttn
-from solq.models.solq.model import SOLQ
+from solq.models.base import Attention
 from solq.predictor import ImageLike, Predictor, expand_folders, read_rgb
 
 PANEL_SIDE = 560  # pixels of a panel's longer side
@@ -24,7 +22,6 @@ FINER = 3  # pictures are drawn so many times larger, then reduced: smooth circl
 FONT_SIZE = 17
 MARGIN = 14
 COLORS = ((48, 60, 190), (40, 170, 235), (120, 230, 110), (255, 215, 40), (245, 70, 30))  # from no weight to the most
-KINDS = {"unified": "UQR", "separate": "SQR", "none": "no masks"}  # the paper's names of where masks come from
 
 
 @dataclass
@@ -61,7 +58,7 @@ def figures(config: FiguresConfig) -> None:
     if config.objects < 1:
         raise ValueError(f"objects is {config.objects}, must be at least 1")
     predictor = Predictor(config.checkpoint, device=config.device)
-    layers = predictor.model.config.decoder_layers
+    layers = predictor.model.config.num_layers
     if not -layers <= config.layer < layers:
         raise ValueError(f"layer is {config.layer}, must be in {-layers}..{layers - 1}")
     other = None if config.compare is None else Predictor(config.compare, device=config.device)
@@ -89,65 +86,14 @@ def figures(config: FiguresConfig) -> None:
 # ---- attention
 
 
-@dataclass
-class Attention:
-    """Where the queries of one decoder layer look: its M heads, L levels and P points of each query.
-
-    locations (Q, M, L, P, 2) as (x, y) in 0..1 of the image; weights (Q, M, L, P), of sum 1 for each head.
-    """
-
-    locations: Tensor
-    weights: Tensor
-
-
 def attend(
     predictor: Predictor, image: ImageLike, layer: int = -1, threshold: float = 0.4
-) -> tuple[Detections, Tensor, Attention]:
-    """The detections of one image, the query (K,) int64 of each, and what one decoder layer attended to."""
-    with _record(predictor.model, layer) as recorded:
+) -> tuple[Detections, Attention]:
+    """Return the detections of one image, and the attention of all queries in one decoder layer."""
+    with predictor.model.record_attention(layer) as recorded:
         detections = predictor(image, threshold=threshold)
     assert isinstance(detections, Detections)
-    logits = recorded["outputs"]["pred_logits"][0]
-    best = logits.flatten().sigmoid().topk(len(detections)).indices
-    return detections, best // logits.shape[1], recorded["attention"]
-
-
-@contextmanager
-def _record(model: SOLQ, layer: int) -> Iterator[dict[str, Any]]:
-    """Note the model's outputs and a decoder layer's attention in the next call, which is of one image."""
-    recorded: dict[str, Any] = {}
-
-    def note_attention(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, MSDeformAttn)
-        query, reference_points, _, spatial_shapes, *_ = args
-        recorded["attention"] = sampled(module, query, reference_points, spatial_shapes)
-
-    def note_outputs(module: nn.Module, args: tuple[Any, ...], outputs: dict[str, Any]) -> None:
-        recorded["outputs"] = outputs
-
-    cross_attention = model.transformer.decoder.layers[layer].get_submodule("cross_attn")
-    hooks = [cross_attention.register_forward_pre_hook(note_attention), model.register_forward_hook(note_outputs)]
-    try:
-        yield recorded
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def sampled(
-    module: MSDeformAttn, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
-) -> Attention:
-    """What an attention module looks at for the first image, from its arguments (Deformable DETR, appendix A.4)."""
-    shape = (query.shape[1], module.n_heads, module.n_levels, module.n_points)
-    offsets = module.sampling_offsets(query[0]).float().view(*shape, 2)
-    weights = module.attention_weights(query[0]).float().view(*shape).flatten(2).softmax(-1).view(shape)
-    references = reference_points[0].float()[:, None, :, None]  # (Q, 1, L, 1, 2 or 4)
-    if references.shape[-1] == 2:
-        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], device=query.device)
-        locations = references + offsets / sizes[:, None]
-    else:
-        locations = references[..., :2] + offsets * references[..., 2:] * (0.5 / module.n_points)
-    return Attention(locations, weights)
+    return detections, recorded[0]
 
 
 def attention_figure(
@@ -161,16 +107,17 @@ def attention_figure(
     """
     pixels = read_rgb(image)
     try:
-        detections, queries, attention = attend(predictor, pixels, layer, threshold)
+        detections, attention = attend(predictor, pixels, layer, threshold)
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error
     if not len(detections):
         raise ValueError(f"{image}: nothing has a score of {threshold} or more: lower --threshold to see more")
     detections = detections.to("cpu")
+    assert detections.queries is not None
+    queries = detections.queries.tolist()
     picture = to_pil_image(pixels)
     panels = [(f"{len(detections)} objects" if len(detections) > 1 else "1 object", detections.draw(pixels))]
-    shown = list(zip(queries.tolist(), range(len(detections)), strict=True))
-    shown = [pair for n, pair in enumerate(shown) if pair[0] not in queries[:n].tolist()][:objects]  # a query once
+    shown = [(query, n) for n, query in enumerate(queries) if query not in queries[:n]][:objects]  # a query once
     most = max(float(attention.weights[query].max()) for query, _ in shown)
     for query, index in shown:
         title = f"{detections.class_names[index]} {float(detections.scores[index]):.2f}"
@@ -217,7 +164,7 @@ def comparison_figure(predictors: Sequence[Predictor], image: ImageLike, thresho
     for predictor in predictors:
         detections = predictor(pixels, threshold=threshold)
         assert isinstance(detections, Detections)
-        title = f"{KINDS[predictor.model.config.mask_branch]}, {len(detections)} objects"
+        title = f"{predictor.model.masks.title}, {len(detections)} objects"
         panels.append((title, detections.draw(pixels)))
     return _page(panels)
 

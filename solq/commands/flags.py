@@ -6,12 +6,13 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import tyro
 
-from solq.training.config import Preset, TrainConfig, preset
+from solq.training.config import Preset, TrainConfig
+from solq.training.presets import preset
 
 
 def command_line(description: str | None = None, args: Sequence[str] | None = None) -> TrainConfig:
@@ -23,7 +24,8 @@ def command_line(description: str | None = None, args: Sequence[str] | None = No
         chosen, _ = first.parse_known_args(args)
         cpu = chosen.device == "cpu" or (chosen.device == "auto" and not torch.cuda.is_available())
         default = preset(chosen.preset, cpu=cpu)
-        return tyro.cli(TrainConfig, default=default, description=description, args=args)
+        settings: Any = TrainConfig[type(default.model)]  # type: ignore[misc]  # the flags of this model alone
+        return tyro.cli(settings, default=default, description=description, args=args)
 
 
 @contextlib.contextmanager

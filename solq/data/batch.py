@@ -79,6 +79,11 @@ class PackedTargets:
         keys = ("labels", "boxes", "masks", "image_id", "orig_size", "size")
         return [dict(zip(keys, values, strict=True)) for values in per_image]
 
+    def image_index(self) -> Tensor:
+        """Return the image (T,) int64 of each target."""
+        targets = torch.arange(len(self.labels), device=self.labels.device)
+        return torch.bucketize(targets, self.offsets[1:], right=True)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
         return PackedTargets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 

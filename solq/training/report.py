@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from solq.data.batch import collate, padded_sizes
 from solq.data.coco import CocoDataset
 from solq.evaluation import CocoEvaluator, evaluate, table
-from solq.models.solq.model import SOLQ
+from solq.models.base import InstanceSegmenter
 from solq.training.config import TrainConfig
 from solq.training.run_log import console, say, start_worker
 from solq.visualize import comparison_grid, comparison_rows
@@ -22,7 +22,7 @@ from solq.weights import save
 
 
 def write_report(
-    model: SOLQ,
+    model: InstanceSegmenter,
     val_set: CocoDataset,
     config: TrainConfig,
     output: Path,

@@ -14,8 +14,8 @@ from PIL import Image
 
 from solq import Predictor
 from solq.commands import demo
+from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
-from solq.training.config import ModelConfig
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent from tests
 
@@ -36,7 +36,7 @@ class Page:
 def page() -> Iterator[Page]:
     pytest.importorskip("gradio", reason="gradio is not installed: pip install solq[demo]")
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = SOLQConfig(
         backbone="resnet10",
         backbone_norm="group",
         num_classes=3,

@@ -15,10 +15,10 @@ from solq import load, save
 from solq.commands import export
 from solq.data.batch import normalize
 from solq.kernels import paste_masks, reference
+from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
-from solq.training.config import ModelConfig
 
-TINY = ModelConfig(
+TINY = SOLQConfig(
     backbone="resnet10",
     backbone_norm="group",
     num_classes=5,
@@ -69,11 +69,11 @@ torch.save((json.loads(text), outputs), results)
 def model(**changes: object) -> SOLQ:
     """Random weights that find something different in every image."""
     torch.manual_seed(0)
-    solq = SOLQ(ModelConfig(**{**vars(TINY), **changes})).eval()
+    solq = SOLQ(SOLQConfig(**{**vars(TINY), **changes})).eval()
     for parameter in [*solq.class_embed.parameters(), *solq.bbox_embed.parameters()]:
         torch.nn.init.normal_(parameter, std=0.2)
-    if solq.vector_embed is not None:
-        torch.nn.init.normal_(solq.vector_embed.layers[-1].weight)
+    if solq.config.mask_branch == "unified":
+        torch.nn.init.normal_(solq.masks.vector_embed.layers[-1].weight)
     solq.meta.eval_scale, solq.meta.max_size = 64, 160
     solq.meta.class_names = ["disc", "ring", "star", "cross", "stick"]
     return solq
@@ -167,12 +167,11 @@ def test_separate_masks() -> None:
         found = detector(images, padding_mask)
         outputs = detector.model(normalize(images, padding_mask), padding_mask)
         expected = detector.model.postprocess(outputs, torch.tensor([[160, 64], [130, 50]]), TOP_K)
-    head, features = detector.model.mask_head, outputs["mask_features"]
-    assert head is not None
+    head, features = detector.model.masks, outputs["mask_features"]
     for b, detections in enumerate(expected):
         size = detections.masks.shape[-2:]
         boxes = found["boxes"][b] * torch.tensor(size).flip(0).repeat(2)
-        masks = head.masks(found["mask_logits"][b], boxes, features["sizes"][b], size)
+        masks = head.paste(found["mask_logits"][b], boxes, features["sizes"][b], size)
         torch.testing.assert_close(found["scores"][b], detections.scores)
         assert (masks != detections.masks).float().mean() < 1e-3
 
@@ -201,13 +200,13 @@ def test_attention_by_grid_sample_is_the_reference() -> None:
     ("config", "size"),
     [
         (TINY, 64),
-        (ModelConfig(), 96),
-        (ModelConfig(two_stage=True), 128),
-        (ModelConfig(num_levels=5), 160),
+        (SOLQConfig(), 96),
+        (SOLQConfig(two_stage=True), 128),
+        (SOLQConfig(num_levels=5), 160),
     ],
 )
-def test_smallest_size(config: ModelConfig, size: int) -> None:
-    assert export.smallest_size(config) == size
+def test_min_image_size(config: SOLQConfig, size: int) -> None:
+    assert config.min_image_size == size
 
 
 @pytest.mark.parametrize(

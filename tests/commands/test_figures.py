@@ -10,13 +10,14 @@ from solq import Predictor, save
 from solq.commands import figures
 from solq.kernels import reference
 from solq.kernels.ms_deform_attn.module import MSDeformAttn
+from solq.models.solq.attention import sampling_points
+from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
-from solq.training.config import ModelConfig
 
 
 def model(**changes: object) -> SOLQ:
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = SOLQConfig(
         backbone="resnet10",
         backbone_norm="group",
         num_classes=3,
@@ -29,7 +30,7 @@ def model(**changes: object) -> SOLQ:
         num_levels=3,
         vector_hidden=32,
     )
-    solq = SOLQ(ModelConfig(**{**vars(config), **changes})).eval()
+    solq = SOLQ(SOLQConfig(**{**vars(config), **changes})).eval()
     for head in [*solq.class_embed, *solq.bbox_embed]:
         for parameter in head.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -57,7 +58,7 @@ def test_sampled_is_what_the_module_reads(coordinates: int) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     query, memory = torch.randn(1, 5, 32), torch.randn(1, 60, 32)
     references = torch.rand(1, 5, 2, coordinates)
-    attention = figures.sampled(module, query, references, shapes)
+    attention = sampling_points(module, query, references, shapes)
     value = module.value_proj(memory).view(1, 60, 4, 8)
     read = reference.ms_deform_attn(value, shapes, starts, attention.locations[None], attention.weights[None])
     torch.testing.assert_close(module.output_proj(read), module(query, references, memory, shapes, starts))
@@ -66,7 +67,8 @@ def test_sampled_is_what_the_module_reads(coordinates: int) -> None:
 @pytest.mark.parametrize("two_stage", [False, True])
 def test_attention_belongs_to_the_detections(two_stage: bool, image: Path) -> None:
     predictor = Predictor(model(two_stage=two_stage), device="cpu")
-    detections, queries, attention = figures.attend(predictor, image, layer=0, threshold=0.0)
+    detections, attention = figures.attend(predictor, image, layer=0, threshold=0.0)
+    queries = detections.queries
     assert attention.locations.shape == (10, 2, 3, 4, 2)
     torch.testing.assert_close(attention.weights.sum((2, 3)), torch.ones(10, 2))
     again = predictor(image, threshold=0.0)
@@ -75,7 +77,7 @@ def test_attention_belongs_to_the_detections(two_stage: bool, image: Path) -> No
     same_query = queries[:, None] == queries
     same_box = (detections.boxes[:, None] == detections.boxes).all(-1)
     assert torch.equal(same_query, same_box)
-    assert not predictor.model._forward_hooks
+    assert not predictor.model.transformer.decoder.layers[0].cross_attn._forward_pre_hooks
 
 
 def test_points_are_drawn_where_they_are_sampled() -> None:

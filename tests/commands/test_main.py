@@ -18,8 +18,9 @@ from solq.__main__ import COMMANDS, main
 from solq.commands.eval import measure
 from solq.commands.predict import image_ids, output_names
 from solq.data import shapes
+from solq.detections import ModelMeta
 from solq.models.solq.model import SOLQ
-from solq.training.config import ModelMeta, preset
+from solq.training.presets import preset
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     classes = len(shapes.CLASS_NAMES)
     model = SOLQ(replace(preset("shapes", cpu=True).model, num_classes=classes + 1, num_queries=5))
-    assert model.vector_embed is not None
-    for head in [*model.bbox_embed, model.vector_embed]:
+    for head in [*model.bbox_embed, model.masks.vector_embed]:
         nn.init.normal_(head.layers[-1].weight, std=0.05)
     model.meta = ModelMeta(["", *shapes.CLASS_NAMES], list(range(classes + 1)), 64, 64)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
@@ -241,10 +241,9 @@ def test_eval(monkeypatch, capsys, checkpoint, dataset, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     model = solq.load(checkpoint)
     assert metrics["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert model.vector_embed is not None
-    assert metrics["mask_parameters"] == sum(parameter.numel() for parameter in model.vector_embed.parameters())
+    assert metrics["mask_parameters"] == sum(parameter.numel() for parameter in model.masks.vector_embed.parameters())
     # Multiplications and additions of a perceptron for every query, in each of the decoder's layers.
-    weights = sum(layer.weight.numel() for layer in model.vector_embed.layers)
+    weights = sum(layer.weight.numel() for layer in model.masks.vector_embed.layers)
     assert metrics["mask_flops"] == 2 * weights * model.config.num_queries * model.config.decoder_layers
     assert metrics["mask_flops"] < metrics["flops"]
     assert metrics["seconds"] > 0

@@ -7,19 +7,21 @@ from typing import Any, get_args
 import pytest
 
 from solq.commands.flags import _one_line, command_line
-from solq.training.config import ModelConfig, Preset, TrainConfig, check_continues, check_settings, preset
+from solq.models.solq.config import SOLQConfig
+from solq.training.config import Preset, TrainConfig, check_continues, check_settings
+from solq.training.presets import preset
 
 
 def test_defaults_are_the_published_model_and_recipe() -> None:
-    model = ModelConfig()
+    model = SOLQConfig()
     assert (model.width, model.num_heads, model.encoder_layers, model.decoder_layers) == (384, 8, 6, 6)
     assert (model.feedforward, model.dropout, model.num_queries, model.num_levels) == (1024, 0.1, 300, 4)
     assert (model.num_points, model.num_classes, model.vector_hidden) == (4, 91, 1024)
     config = TrainConfig()
-    assert (config.lr, config.lr_backbone, config.lr_points, config.weight_decay) == (2e-4, 2e-5, 2e-5, 1e-4)
+    assert (config.lr, config.lr_backbone, model.lr_points, config.weight_decay) == (2e-4, 2e-5, 2e-5, 1e-4)
     assert (config.epochs, config.lr_drop * config.epochs, config.batch_size, config.clip_norm) == (50, 40, 32, 0.1)
     assert config.scales == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    assert (config.max_size, config.eval_scale, config.vector_loss_weight) == (1333, 800, 3.0)
+    assert (config.max_size, config.eval_scale, model.vector_loss_weight) == (1333, 800, 3.0)
 
 
 @pytest.mark.parametrize("cpu", [True, False])
@@ -121,7 +123,7 @@ def test_help_lists_fields_with_defaults(capsys: pytest.CaptureFixture[str]) -> 
         assert f"--{name.replace('_', '-')}" in text, name
         if isinstance(value, float):
             assert f"default: {value}" in text, name
-    for name in asdict(ModelConfig()):
+    for name in asdict(SOLQConfig()):
         assert f"--model.{name.replace('_', '-')}" in text, name
 
 
@@ -141,9 +143,11 @@ def test_help_lists_fields_with_defaults(capsys: pytest.CaptureFixture[str]) -> 
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": 6, "accumulate": 4}, r"batch_size is 6, must be a multiple of accumulate \(4\)"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
-        ({"vector_loss_start": 3, "model": ModelConfig(decoder_layers=3)}, "vector_loss_start is 3, .* the 3 decoder"),
-        ({"model": ModelConfig(num_queries=0)}, "model.num_queries is 0, must be at least 1"),
-        ({"model": ModelConfig(mask_size=0)}, "model.mask_size is 0"),
+        ({"model": SOLQConfig(decoder_layers=3, vector_loss_start=3)}, "vector_loss_start is 3, .* the 3 decoder"),
+        ({"model": SOLQConfig(vector_loss_start=-1)}, "vector_loss_start is -1, must be 0 to 5"),
+        ({"model": SOLQConfig(freeze_detector=True)}, "leaves nothing to train"),
+        ({"model": SOLQConfig(num_queries=0)}, "model.num_queries is 0, must be at least 1"),
+        ({"model": SOLQConfig(mask_size=0)}, "model.mask_size is 0"),
     ],
 )
 def test_numbers_that_no_run_can_have(changes: dict[str, Any], message: str) -> None:

@@ -1,5 +1,7 @@
 """The losses against DETR's formulation, layer by layer and image by image, and their gradients."""
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -10,8 +12,13 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from solq.data.batch import PackedTargets
+from solq.models.base import MaskBranch, NoMasks
+from solq.models.solq.config import SOLQConfig
 from solq.models.solq.mask_coding import DCTCoding, FlatCoding, MaskCoding, PCACoding
-from solq.models.solq.separate_masks import SeparateMaskHead
+from solq.models.solq.masks import VectorMasks
+from solq.models.solq.model import SOLQ
+from solq.models.solq.separate_masks import SeparateMasks
+from solq.models.solq.transformer import TransformerOutput
 from solq.training.criterion import SetCriterion
 from solq.training.matcher import HungarianMatcher
 
@@ -47,15 +54,36 @@ def make_outputs(images: int, vector: int = COEFFICIENTS, seed: int = 1, two_sta
         return {"pred_logits": 2 * random(images, queries, CLASSES) - 2, "pred_boxes": boxes}
 
     layers = [layer(QUERIES) | {"pred_vectors": random(images, QUERIES, vector)} for _ in range(LAYERS)]
-    outputs: dict[str, Any] = {**layers[-1], "aux_outputs": layers[:-1]}
+    outputs = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     if two_stage:
-        outputs["enc_outputs"] = layer(30)
+        proposals = layer(30)
+        outputs |= {"enc_logits": proposals["pred_logits"], "enc_boxes": proposals["pred_boxes"]}
     return outputs
 
 
-def make_criterion(coding: MaskCoding | None = None, **settings: Any) -> SetCriterion:
-    coding = coding or DCTCoding(COEFFICIENTS, SIDE)
-    return SetCriterion(HungarianMatcher(), coding, decoder_layers=LAYERS, **settings)
+def layer_of(outputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Return the outputs (B, Q, …) of one decoder layer."""
+    return {name: value[index] for name, value in outputs.items() if name.startswith("pred")}
+
+
+@functools.cache
+def detector() -> SOLQ:
+    """Build the smallest model with as many decoder layers as the outputs; its forward pass is never run."""
+    return SOLQ(SOLQConfig(backbone="resnet10", num_classes=CLASSES, width=64, decoder_layers=LAYERS, encoder_layers=1))
+
+
+def make_criterion(
+    coding: MaskCoding | None = None,
+    *,
+    matcher: HungarianMatcher | None = None,
+    masks: MaskBranch | None = None,
+    loss_weight: float = 3.0,
+    loss_start: int = 0,
+) -> SetCriterion:
+    model = copy.copy(detector())
+    model._modules = model._modules.copy()
+    model.masks = masks or VectorMasks(64, 8, coding or DCTCoding(COEFFICIENTS, SIDE), loss_weight, loss_start)
+    return SetCriterion(matcher or HungarianMatcher(), model)
 
 
 # ---- the losses as DETR writes them
@@ -114,12 +142,13 @@ def test_all_losses_against_detr(counts: tuple[int, ...], two_stage: bool) -> No
     outputs = make_outputs(len(counts), two_stage=two_stage)
     losses = criterion(outputs, targets)
     expected = {}
-    for index, layer in enumerate([*outputs["aux_outputs"], outputs]):
+    for index in range(LAYERS):
         suffix = "" if index == LAYERS - 1 else f"_{index}"
-        for name, loss in detr_losses(layer, targets, criterion.mask_coding).items():
+        for name, loss in detr_losses(layer_of(outputs, index), targets, criterion.model.masks.coding).items():
             expected[name + suffix] = loss
     if two_stage:
-        for name, loss in detr_losses(outputs["enc_outputs"], targets, None, one_class=True).items():
+        proposals = {"pred_logits": outputs["enc_logits"], "pred_boxes": outputs["enc_boxes"]}
+        for name, loss in detr_losses(proposals, targets, None, one_class=True).items():
             expected[f"{name}_enc"] = loss
     assert set(losses) == set(expected)
     for name, loss in expected.items():
@@ -141,13 +170,13 @@ def test_packed_targets_give_the_same() -> None:
 def test_perfect_predictions() -> None:
     criterion, targets = make_criterion(), make_targets(2, 3)
     outputs = make_outputs(2)
-    for layer in (outputs, *outputs["aux_outputs"]):
-        layer["pred_logits"][:] = -20.0
-        for image, target in enumerate(targets):
-            for t in range(len(target["labels"])):
-                layer["pred_logits"][image, 5 - t, target["labels"][t]] = 20.0
-                layer["pred_boxes"][image, 5 - t] = target["boxes"][t]
-                layer["pred_vectors"][image, 5 - t] = criterion.mask_coding.encode(target["masks"][t : t + 1])[0]
+    outputs["pred_logits"][:] = -20.0
+    for image, target in enumerate(targets):
+        for t in range(len(target["labels"])):
+            outputs["pred_logits"][:, image, 5 - t, target["labels"][t]] = 20.0
+            outputs["pred_boxes"][:, image, 5 - t] = target["boxes"][t]
+            vectors = criterion.model.masks.coding.encode(target["masks"][t : t + 1])
+            outputs["pred_vectors"][:, image, 5 - t] = vectors[0]
     for name, loss in criterion(outputs, targets).items():
         assert abs(loss) < 1e-5, name
 
@@ -158,8 +187,8 @@ def test_degenerate_boxes() -> None:
     targets[0]["boxes"][0, 2:] = 0
     targets[0]["boxes"][1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     outputs = make_outputs(1)
-    outputs["pred_boxes"][0, :3] = targets[0]["boxes"]
-    outputs["pred_boxes"][0, 3:, 2:] = 0
+    outputs["pred_boxes"][-1, 0, :3] = targets[0]["boxes"]
+    outputs["pred_boxes"][-1, 0, 3:, 2:] = 0
     outputs["pred_boxes"].requires_grad_()
     losses = criterion(outputs, targets)
     criterion.total(losses).backward()
@@ -177,12 +206,6 @@ class FixedMatcher(HungarianMatcher):
         return torch.tensor([4, 1, 0, -1, 2]).expand(len(logits), -1)
 
 
-def in_float64(outputs: dict[str, Any]) -> dict[str, Any]:
-    layers = [*outputs["aux_outputs"], {k: v for k, v in outputs.items() if k.startswith("pred")}]
-    layers = [{name: value.double() for name, value in layer.items()} for layer in layers]
-    return {**layers[-1], "aux_outputs": layers[:-1]}
-
-
 @pytest.mark.parametrize(
     ("loss", "output"),
     [
@@ -198,19 +221,18 @@ def test_gradients_by_finite_differences(
 ) -> None:
     encode = coding.encode
     monkeypatch.setattr(coding, "encode", lambda masks: encode(masks).double())
-    criterion = SetCriterion(FixedMatcher(), coding, decoder_layers=LAYERS)
+    masks = None if loss == "loss_vector" else NoMasks()
+    criterion = make_criterion(coding, matcher=FixedMatcher(), masks=masks)
     packed = PackedTargets.pack(make_targets(2, 3))
     packed.boxes = packed.boxes.double()
-    outputs = in_float64(make_outputs(2, coding.num_coefficients if loss == "loss_vector" else 2))
-    if loss != "loss_vector":
-        del outputs["pred_vectors"]
+    outputs = {name: value.double() for name, value in make_outputs(2, coding.num_coefficients).items()}
     # Two images, all queries, but few classes or coefficients: finite differences cost two calls per number.
-    inputs = outputs[output][..., :14].clone().requires_grad_()
-    rest = outputs[output][..., 14:]
+    _, middle, last = outputs[output]
+    inputs, rest = last[..., :14].clone().requires_grad_(), last[..., 14:]
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
-        layer = {**outputs, output: torch.cat([x, rest], dim=-1)}
-        losses = criterion({**layer, "aux_outputs": [layer, *outputs["aux_outputs"][1:]]}, packed)
+        changed = torch.cat([x, rest], dim=-1)
+        losses = criterion(outputs | {output: torch.stack([changed, middle, changed])}, packed)
         return losses[loss], losses[f"{loss}_0"]
 
     assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-5)
@@ -219,11 +241,12 @@ def test_gradients_by_finite_differences(
 
 def test_unmatched_targets_have_no_gradient() -> None:
     """Targets beyond the queries count as boxes, and nothing else."""
-    criterion = SetCriterion(FixedMatcher(), DCTCoding(COEFFICIENTS, SIDE), decoder_layers=LAYERS)
+    criterion = make_criterion(matcher=FixedMatcher())
     outputs, targets = make_outputs(2), make_targets(2, 3)
     outputs["pred_boxes"].requires_grad_()
     criterion(outputs, targets)["loss_bbox"].backward()
-    touched = outputs["pred_boxes"].grad.abs().sum(-1) > 0
+    touched = outputs["pred_boxes"].grad[-1].abs().sum(-1) > 0
+    assert not outputs["pred_boxes"].grad[:-1].any()
     assert touched.nonzero().tolist() == [[0, 1], [0, 4], [1, 0], [1, 2]]
 
 
@@ -232,23 +255,17 @@ def test_unmatched_targets_have_no_gradient() -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 2])
 def test_start_of_the_vector_loss(start: int) -> None:
-    criterion, outputs, targets = make_criterion(vector_loss_start=start), make_outputs(2), make_targets(2, 1)
+    criterion, outputs, targets = make_criterion(loss_start=start), make_outputs(2), make_targets(2, 1)
     losses, all_layers = criterion(outputs, targets), make_criterion()(outputs, targets)
     names = [name for name in losses if name.startswith("loss_vector")]
     assert sorted(names) == sorted(["loss_vector_0", "loss_vector_1", "loss_vector"][start:])
     assert all(torch.equal(losses[name], all_layers[name]) for name in losses)
 
 
-@pytest.mark.parametrize("start", [-1, LAYERS])
-def test_start_of_the_vector_loss_out_of_range(start: int) -> None:
-    with pytest.raises(ValueError, match=f"vector_loss_start is {start}, must be 0 to 2"):
-        make_criterion(vector_loss_start=start)
-
-
 def test_weight_of_the_vector_loss() -> None:
     outputs, targets = make_outputs(2), make_targets(2, 1)
-    one = make_criterion(vector_loss_weight=1.0)(outputs, targets)
-    seven = make_criterion(vector_loss_weight=7.0)(outputs, targets)
+    one = make_criterion(loss_weight=1.0)(outputs, targets)
+    seven = make_criterion(loss_weight=7.0)(outputs, targets)
     for name, loss in one.items():
         torch.testing.assert_close(seven[name], loss * (7 if "vector" in name else 1))
 
@@ -261,8 +278,8 @@ def test_flat_coding() -> None:
     got = criterion(outputs, targets)["loss_vector"]
     expected = []
     for image, target in enumerate(targets):
-        for query, t in detr_match(outputs["pred_logits"][image], outputs["pred_boxes"][image], target):
-            vector, mask = outputs["pred_vectors"][image, query], target["masks"][t].flatten().float()
+        for query, t in detr_match(outputs["pred_logits"][-1, image], outputs["pred_boxes"][-1, image], target):
+            vector, mask = outputs["pred_vectors"][-1, image, query], target["masks"][t].flatten().float()
             dice = 1 - (2 * (vector * mask).sum() + 1) / (vector.square().sum() + mask.square().sum() + 1)
             expected.append(F.mse_loss(vector, mask) + dice)
     torch.testing.assert_close(got, 3 * torch.stack(expected).mean())
@@ -272,16 +289,15 @@ def test_pca_coding() -> None:
     coding = PCACoding(COEFFICIENTS, SIDE)
     coding.fit(torch.cat([target["masks"] for target in make_targets(20, 20, seed=7)]))
     criterion, outputs, targets = make_criterion(coding), make_outputs(2), make_targets(2, 1)
-    expected = detr_losses(outputs, targets, coding)["loss_vector"]
+    expected = detr_losses(layer_of(outputs, -1), targets, coding)["loss_vector"]
     torch.testing.assert_close(criterion(outputs, targets)["loss_vector"], expected)
 
 
 def test_without_masks() -> None:
     """mask_branch="none": no vectors among the outputs, no loss of them."""
     outputs = make_outputs(2)
-    for layer in (outputs, *outputs["aux_outputs"]):
-        del layer["pred_vectors"]
-    losses = make_criterion()(outputs, make_targets(2, 1))
+    del outputs["pred_vectors"]
+    losses = make_criterion(masks=NoMasks())(outputs, make_targets(2, 1))
     assert {name.split("_")[1] for name in losses} == {"ce", "bbox", "giou"}
 
 
@@ -289,22 +305,22 @@ def test_without_masks() -> None:
 def test_separate_mask_branch(counts: tuple[int, int]) -> None:
     """Its losses are those of the matched pairs of the last layer, over the number of boxes."""
     torch.manual_seed(0)
-    head = SeparateMaskHead(64, 4, [24, 40])
+    head = SeparateMasks(64, 4, [24, 40])
     shapes = [(8, 12), (4, 6), (2, 3)]
     S = sum(h * w for h, w in shapes)
     features = [torch.randn(2, 24, 8, 12), torch.randn(2, 40, 4, 6)]
     padding = torch.zeros(2, S, dtype=torch.bool)
-    prepared = head(torch.randn(2, QUERIES, 64), torch.randn(2, S, 64), padding, shapes, features)
+    decoded = TransformerOutput([torch.randn(2, QUERIES, 64)], [], torch.randn(2, S, 64), padding, shapes)
     outputs, targets = make_outputs(2), make_targets(*counts)
-    for layer in (outputs, *outputs["aux_outputs"]):
-        del layer["pred_vectors"]
-    outputs["mask_features"] = prepared
-    criterion = SetCriterion(HungarianMatcher(), DCTCoding(COEFFICIENTS, SIDE), head, decoder_layers=LAYERS)
+    del outputs["pred_vectors"]
+    outputs |= head(decoded, features, torch.zeros(2, 64, 96, dtype=torch.bool))
+    prepared = outputs["mask_features"]
+    criterion = make_criterion(masks=head)
     losses = criterion(outputs, targets)
     sums = {"loss_mask": torch.zeros(()), "loss_dice": torch.zeros(())}
     for image, target in enumerate(targets):
         if len(target["labels"]):
-            for query, t in detr_match(outputs["pred_logits"][image], outputs["pred_boxes"][image], target):
+            for query, t in detr_match(outputs["pred_logits"][-1, image], outputs["pred_boxes"][-1, image], target):
                 logits = head.mask_logits(prepared, torch.tensor([image]), torch.tensor([query]))
                 pair = head.loss(logits, target["masks"][t][None], target["boxes"][t][None], target["size"][None])
                 sums = {name: value + pair[name][0] for name, value in sums.items()}
@@ -323,11 +339,13 @@ def test_parts_of_a_batch_add_up_to_the_batch(counts: tuple[int, ...]) -> None:
     criterion, targets, outputs = make_criterion(), make_targets(*counts), make_outputs(len(counts), two_stage=True)
     whole = criterion(outputs, targets)
     parts = [PackedTargets.pack(targets[:3]), PackedTargets.pack(targets[3:])]
-    num_boxes = criterion.count_boxes(parts, QUERIES)
+    counted = criterion.count_targets(parts, QUERIES)
     added: dict[str, Tensor] = {}
     for part, images in zip(parts, (slice(0, 3), slice(3, 4)), strict=True):
-        of_part = torch.utils._pytree.tree_map(lambda x, images=images: x[images], outputs)
-        for name, loss in criterion(of_part, part, num_boxes).items():
+        part_outputs = {
+            name: value[images] if name.startswith("enc") else value[:, images] for name, value in outputs.items()
+        }
+        for name, loss in criterion(part_outputs, part, counted).items():
             added[name] = added.get(name, 0) + loss
     for name, loss in whole.items():
         torch.testing.assert_close(added[name], loss, rtol=1e-5, atol=1e-6)
@@ -336,8 +354,8 @@ def test_parts_of_a_batch_add_up_to_the_batch(counts: tuple[int, ...]) -> None:
 def test_counts_of_boxes() -> None:
     """All targets, and those that can be matched; at least one of both."""
     packed = [PackedTargets.pack(make_targets(9, 0)), PackedTargets.pack(make_targets(2))]
-    assert SetCriterion.count_boxes(packed, QUERIES).tolist() == [11, 8]
-    assert SetCriterion.count_boxes([PackedTargets.pack(make_targets(0))], QUERIES).tolist() == [1, 1]
+    assert SetCriterion.count_targets(packed, QUERIES).tolist() == [11, 8]
+    assert SetCriterion.count_targets([PackedTargets.pack(make_targets(0))], QUERIES).tolist() == [1, 1]
 
 
 def test_labels_beyond_the_classes() -> None:

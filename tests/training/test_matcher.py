@@ -1,5 +1,7 @@
 """HungarianMatcher against DETR's formulation, and criterion and matcher as one graph."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -9,7 +11,8 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from solq.data.batch import PackedTargets
 from solq.kernels import use_backend
-from solq.models.solq.mask_coding import DCTCoding
+from solq.models.solq.config import SOLQConfig
+from solq.models.solq.model import SOLQ
 from solq.training.criterion import SetCriterion
 from solq.training.matcher import HungarianMatcher
 
@@ -169,11 +172,15 @@ def criterion_case(sizes: list[int], device: torch.device) -> tuple[dict, Packed
         }
         for target in random_case(sizes, Q, C, device)[1]
     ]
-    return outputs(0) | {"aux_outputs": [outputs(seed) for seed in range(1, L)]}, PackedTargets.pack(targets)
+    layers = [outputs(seed) for seed in range(L)]
+    stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return stacked, PackedTargets.pack(targets)
 
 
 def make_criterion(device: torch.device) -> SetCriterion:
-    return SetCriterion(HungarianMatcher(), DCTCoding(12, 16), decoder_layers=3).to(device)
+    config = SOLQConfig(backbone="resnet10", num_classes=4, width=64, encoder_layers=1, decoder_layers=3)
+    model = SOLQ(replace(config, num_coefficients=12, mask_size=16))
+    return SetCriterion(HungarianMatcher(), model).to(device)
 
 
 def test_criterion_compiles_whole_for_any_number_of_targets(device: torch.device) -> None:

@@ -152,7 +152,7 @@ class FittedCoding(MaskCoding):
         if not self.fitted:
             raise RuntimeError(
                 f"{self.name} mask coding is not fitted: run `solq fit-coding --coding {self.name}` on a training set, "
-                "then solq.models.mask_coding.load"
+                "then solq.models.solq.mask_coding.load"
             )
 
     def _require_enough(self, masks: Tensor) -> None:

@@ -3,34 +3,48 @@
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from typing import NotRequired, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq.detections import Detections, postprocess
-from solq.kernels.reference import mask_runs
-from solq.models.backbones.resnet import build_backbone
-from solq.models.solq.mask_coding import build_mask_coding
-from solq.models.solq.separate_masks import SeparateMaskHead
+from solq.data.batch import PackedTargets
+from solq.models.backbones import build_backbone
+from solq.models.base import Attention, InstanceSegmenter, MaskBranch, Matches, NoMasks, Outputs
+from solq.models.detection_losses import detection_losses
+from solq.models.solq.attention import record_attention
+from solq.models.solq.config import SOLQConfig
+from solq.models.solq.mask_coding import FittedCoding, MaskCoding, build_mask_coding
+from solq.models.solq.mask_coding import load as load_mask_coding
+from solq.models.solq.masks import VectorMasks
+from solq.models.solq.separate_masks import SeparateMasks
 from solq.models.solq.transformer import MLP, DeformableTransformer
-from solq.training.config import ModelConfig, ModelMeta
-
-Outputs = dict[str, Any]  # tensors, and dicts and lists of them: see SOLQ.forward
 
 
-class SOLQ(nn.Module):
+class SOLQOutputs(Outputs):
+    """The predictions of SOLQ; masks as vectors, or as features of the separate branch."""
+
+    pred_vectors: NotRequired[Tensor]
+    """(L, B, Q, n) float32."""
+    mask_features: NotRequired[dict[str, Tensor]]
+    """See :meth:`SeparateMasks.forward`."""
+
+
+class SOLQ(InstanceSegmenter):
     """Segmenting Objects by Learning Queries (Dong et al., NeurIPS 2021), on Deformable DETR.
 
     Args:
-        config: the architecture; see :class:`solq.training.config.ModelConfig`.
+        config: the architecture and the losses.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    name = "solq"
+    config: SOLQConfig
+
+    def __init__(self, config: SOLQConfig) -> None:
         super().__init__()
         self.config = config
-        self.meta = ModelMeta()
         width, levels = config.width, config.num_levels
         self.backbone = build_backbone(config.backbone, config.backbone_norm)
         channels = self.backbone.num_channels
@@ -54,20 +68,24 @@ class SOLQ(nn.Module):
             gradient_checkpointing=config.gradient_checkpointing,
         )
         self.query_embed = None if config.two_stage else nn.Embedding(config.num_queries, 2 * width)
-        self.mask_coding = build_mask_coding(config.mask_coding, config.num_coefficients, config.mask_size)
         heads = config.decoder_layers + config.two_stage  # in two stages the last one scores the proposals
         self.class_embed = _clones(nn.Linear(width, config.num_classes), heads)
         self.bbox_embed = _clones(MLP(width, width, 4, 3), heads)
-        self.vector_embed = None
-        self.mask_head = None
-        if config.mask_branch == "unified":
-            self.vector_embed = MLP(width, config.vector_hidden, self.mask_coding.num_coefficients, 3)
-        elif config.mask_branch == "separate":
-            self.mask_head = SeparateMaskHead(width, config.num_heads, channels[:2])
+        self.masks = self._build_masks()
         self.reset_parameters()
 
+    def _build_masks(self) -> MaskBranch:
+        config = self.config
+        if config.mask_branch == "separate":
+            return SeparateMasks(config.width, config.num_heads, self.backbone.num_channels[:2])
+        if config.mask_branch == "none":
+            return NoMasks()
+        coding = build_mask_coding(config.mask_coding, config.num_coefficients, config.mask_size)
+        loss = (config.vector_loss_weight, config.vector_loss_start)
+        return VectorMasks(config.width, config.vector_hidden, coding, *loss)
+
     def reset_parameters(self) -> None:
-        """Initial values of the heads and projections, as published; the transformer sets its own."""
+        """Set the published initial values of the heads and projections; the transformer sets its own."""
         for module in self.input_proj.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
@@ -75,100 +93,102 @@ class SOLQ(nn.Module):
         for module in self.class_embed.modules():
             if isinstance(module, nn.Linear):
                 nn.init.constant_(module.bias, -math.log(99))  # every class starts with probability 0.01
-        for head in [*self.bbox_embed, *([self.vector_embed] if self.vector_embed else [])]:
+        vector_heads = [self.masks.vector_embed] if isinstance(self.masks, VectorMasks) else []
+        for head in [*self.bbox_embed, *vector_heads]:
             nn.init.zeros_(_last_layer(head).weight)
             nn.init.zeros_(_last_layer(head).bias)
-        if self.vector_embed:
-            nn.init.constant_(_last_layer(self.vector_embed).bias[2:], -2.0)
+        for head in vector_heads:
+            nn.init.constant_(_last_layer(head).bias[2:], -2.0)
         if not self.config.two_stage:
             nn.init.constant_(_last_layer(self.bbox_embed[0]).bias[2:], -2.0)
 
-    def forward(self, images: Tensor, padding_mask: Tensor) -> Outputs:
-        """Predict the objects of a batch of padded images.
+    def record_attention(self, layer: int) -> AbstractContextManager[list[Attention]]:
+        return record_attention(self.transformer, layer)
 
-        Args:
-            images: (B, 3, H, W) float, normalised, zero on padding.
-            padding_mask: (B, H, W) bool, True on padding.
+    def rename_former_keys(self, state: dict[str, Tensor], prefix: str = "") -> None:
+        former = {"vector_embed.": "masks.vector_embed.", "mask_coding.": "masks.coding.", "mask_head.": "masks."}
+        for old, new in former.items():
+            for key in [key for key in state if key.startswith(prefix + old)]:
+                state[prefix + new + key.removeprefix(prefix + old)] = state.pop(key)
 
-        Returns:
-            ``pred_logits`` (B, Q, C), ``pred_boxes`` (B, Q, 4) cx cy w h in 0..1 of each image without its padding,
-            ``pred_vectors`` (B, Q, n), all float32; ``aux_outputs``, a list of the same dicts for the earlier decoder
-            layers; in two stages ``enc_outputs``, logits (B, S, C) and boxes (B, S, 4) of the proposals; with a
-            separate mask branch ``mask_features`` instead of the vectors.
+    def prepare_training(self, resumes: bool) -> None:
+        """Freeze the detector if the config says so and, unless a run resumes, read the fitted mask coding.
+
+        Raises:
+            ValueError: if the coding has to be fitted first, or the given one is another than the model's.
+            FileNotFoundError: if there is no such file.
         """
+        if isinstance(self.masks, VectorMasks) and not resumes:
+            _load_fitted_coding(self.masks.coding, self.config)
+        if self.config.freeze_detector:
+            self.requires_grad_(False)
+            self.masks.requires_grad_(True)
+
+    def forward(self, images: Tensor, padding_mask: Tensor, last_layer_only: bool = False) -> SOLQOutputs:
         maps = self.backbone(images)
         features = self._project(maps)
-        masks = [F.interpolate(padding_mask[None].float(), size=f.shape[-2:])[0].bool() for f in features]
+        padding_masks = [F.interpolate(padding_mask[None].float(), size=f.shape[-2:])[0].bool() for f in features]
         query_embed = None if self.query_embed is None else self.query_embed.weight
-        out = self.transformer(features, masks, query_embed, self.class_embed, self.bbox_embed)
-        layers = [
-            {"pred_logits": class_head(hidden).float(), "pred_boxes": boxes}
-            for hidden, boxes, class_head in zip(out.hidden_states, out.pred_boxes, self.class_embed, strict=False)
-        ]
-        if self.vector_embed:
-            for layer, hidden in zip(layers, out.hidden_states, strict=True):
-                layer["pred_vectors"] = self.vector_embed(hidden).float()
-        outputs: Outputs = {**layers[-1], "aux_outputs": layers[:-1]}
-        if self.config.two_stage:
-            outputs["enc_outputs"] = {"pred_logits": out.proposal_logits, "pred_boxes": out.proposal_boxes}
-        if self.mask_head:
-            prepared = self.mask_head(out.hidden_states[-1], out.memory, out.padding_mask, out.spatial_shapes, maps[:2])
-            sizes = torch.stack([(~padding_mask).any(2).sum(1), (~padding_mask).any(1).sum(1)], dim=1)
-            outputs["mask_features"] = {**prepared, "sizes": sizes}
-        return outputs
+        decoded = self.transformer(features, padding_masks, query_embed, self.class_embed, self.bbox_embed)
+        if last_layer_only:
+            decoded.keep_last_layer()
+        class_heads = self.class_embed[: self.config.decoder_layers][-len(decoded.hidden_states) :]
+        logits = [head(hidden).float() for hidden, head in zip(decoded.hidden_states, class_heads, strict=True)]
+        outputs: SOLQOutputs = {"pred_logits": torch.stack(logits), "pred_boxes": torch.stack(decoded.pred_boxes)}
+        if decoded.proposal_logits is not None:
+            outputs |= {"enc_logits": decoded.proposal_logits, "enc_boxes": decoded.proposal_boxes}
+        return outputs | self.masks(decoded, maps, padding_mask)
 
-    def decode_masks(
-        self, outputs: Mapping[str, Any], image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]
-    ) -> Tensor:
-        """The masks of some queries of one image.
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        return {
+            "loss_ce": 2.0,
+            "loss_bbox": 5.0,
+            "loss_giou": 2.0,
+            "loss_vector": 1.0,
+            "loss_mask": 1.0,
+            "loss_dice": 1.0,
+        }
 
-        Args:
-            outputs: of `forward`.
-            image: which of the batch.
-            queries: (K,) int64.
-            boxes: (K, 4), theirs, x0 y0 x1 y1 in pixels of the image to draw on.
-            image_size: H and W of that image.
+    def losses(self, outputs: SOLQOutputs, matches: Matches, targets: PackedTargets) -> dict[str, Tensor]:
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        detection = detection_losses(logits, boxes, targets.labels, targets, matches, matches.num_targets)
+        return detection | self.masks.losses(outputs, matches, targets)
 
-        Returns:
-            (K, H, W) bool.
-        """
-        if self.mask_head:
-            features = outputs["mask_features"]
-            logits = self.mask_head.mask_logits(features, torch.full_like(queries, image), queries)
-            return self.mask_head.masks(logits, boxes, features["sizes"][image], image_size)
-        return self.mask_coding.decode_paste(outputs["pred_vectors"][image, queries], boxes, image_size)
-
-    def decode_runs(
-        self, outputs: Mapping[str, Any], image: int, queries: Tensor, boxes: Tensor, image_size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """The same as what COCO's run lengths are made of, see :func:`solq.kernels.paste_runs`."""
-        if self.mask_head:
-            return mask_runs(self.decode_masks(outputs, image, queries, boxes, image_size))
-        return self.mask_coding.decode_runs(outputs["pred_vectors"][image, queries], boxes, image_size)
-
-    def postprocess(
-        self,
-        outputs: Outputs,
-        orig_sizes: Tensor,
-        top_k: int = 100,
-        score_threshold: float = 0.0,
-        run_lengths: bool = False,
-    ) -> list[Detections]:
-        """Detections, with masks if the model predicts any, or with run lengths instead of them; see
-        :func:`solq.detections.postprocess`.
-        """
-        if self.config.mask_branch == "none":
-            return postprocess(outputs, orig_sizes, None, top_k, score_threshold)
-        if run_lengths:
-            return postprocess(outputs, orig_sizes, None, top_k, score_threshold, self.decode_runs)
-        return postprocess(outputs, orig_sizes, self.decode_masks, top_k, score_threshold)
+    def learning_rate_groups(self) -> dict[str, list[nn.Parameter]]:
+        groups: dict[str, list[nn.Parameter]] = {"backbone": [], "points": [], "others": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                predicts_points = "reference_points" in name or "sampling_offsets" in name
+                group = "backbone" if name.startswith("backbone.") else "points" if predicts_points else "others"
+                groups[group].append(parameter)
+        return groups
 
     def _project(self, maps: list[Tensor]) -> list[Tensor]:
-        """The L levels (B, width, h, w) that the transformer reads, from the backbone's features."""
+        """Project the backbone's features to the L levels (B, width, h, w) that the transformer reads."""
         levels = [projection(x) for projection, x in zip(self.input_proj, maps, strict=False)]
         for projection in self.input_proj[len(maps) :]:
             levels.append(projection(maps[-1] if len(levels) == len(maps) else levels[-1]))
         return levels
+
+
+def _load_fitted_coding(coding: MaskCoding, config: SOLQConfig) -> None:
+    """Read a coding that was fitted on a training set; see :meth:`SOLQ.prepare_training`."""
+    path = config.mask_coding_weights
+    if path is not None:
+        fitted = load_mask_coding(path)
+        given, wanted = ((c.name, c.num_coefficients, c.size) for c in (fitted, coding))
+        if given != wanted:
+            raise ValueError(
+                f"{path} holds the coding (name, coefficients, size) {given} but the model's is {wanted}: change "
+                "--model.mask-coding, --model.num-coefficients and --model.mask-size, or fit another"
+            )
+        coding.load_state_dict(fitted.state_dict())
+    if isinstance(coding, FittedCoding) and not coding.fitted:
+        raise ValueError(
+            f"the {coding.name} mask coding has to be fitted first: run `solq fit-coding --coding {coding.name}` on "
+            "the training set and give its file as --model.mask-coding-weights"
+        )
 
 
 def _clones(module: nn.Module, count: int) -> nn.ModuleList:

@@ -1,4 +1,4 @@
-"""The paper's baseline for masks: a separate branch that draws each query's mask over the image (SQR, section 4.4).
+"""The paper's baseline for masks: a separate branch that predicts each query's mask over the image (SQR, section 4.4).
 
 As in DETR's segmentation head (DETR, section 4.4 and figure 8): the attention of a query over the encoder's memory is
 its first, coarse mask; convolutions refine it while the finer features of the backbone are added.
@@ -6,27 +6,33 @@ its first, coarse mask; convolutions refine it while the finer features of the b
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-MARGIN = 2  # the loss looks at a frame of this many times the box's sides
+from solq.data.batch import PackedTargets
+from solq.models.base import MaskBranch, Matches, Selection
+from solq.models.solq.transformer import TransformerOutput
+
+FRAME_SCALE = 2  # the loss is computed in a frame of this many times the box's sides
 
 
-class SeparateMaskHead(nn.Module):
-    """Masks of chosen queries, as logits over the padded image at the stride of the finest feature.
+class SeparateMasks(MaskBranch):
+    """Predict masks of chosen queries, as logits over the padded image at the stride of the finest feature.
 
-    Most of the work is per image and shared by its queries (`forward`, part of the model's own forward). Only what
-    depends on the query (`mask_logits`) runs per mask: for matched queries in training, for the best in inference.
-    To freeze the detector, stop the gradient of all other parameters of the model.
+    Most of the work is per image and shared by its queries (`forward`, part of the model's own forward). Only the part
+    that depends on the query (`mask_logits`) runs per mask: for matched queries in training, for the best in inference.
 
     Args:
         width: C of the transformer; a multiple of 16 times two to the number of features.
         num_heads: M attention maps per query.
         feature_channels: of the backbone's features, finest first: C3 and C4, of strides 8 and 16.
     """
+
+    title = "SQR"
 
     def __init__(self, width: int, num_heads: int, feature_channels: Sequence[int]) -> None:
         super().__init__()
@@ -57,65 +63,86 @@ class SeparateMaskHead(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(
-        self,
-        hidden: Tensor,
-        memory: Tensor,
-        padding_mask: Tensor,
-        spatial_shapes: Sequence[tuple[int, int]],
-        features: Sequence[Tensor],
-    ) -> dict[str, Tensor]:
-        """What the masks of all queries of a batch share.
+        self, decoded: TransformerOutput, backbone_maps: Sequence[Tensor], padding_mask: Tensor
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compute the part of the masks that all queries of an image share.
 
         Args:
-            hidden: (B, Q, C), the last decoder layer's output.
-            memory: (B, S, C), the encoder's output.
-            padding_mask: (B, S) bool, True on padding.
-            spatial_shapes: (H, W) of the levels in `memory`, the features' own first, then C5, which is attended to.
-            features: of the backbone, finest first, (B, channels, H, W) each.
+            decoded: of the transformer; the last layer's queries attend to the encoder's output.
+            backbone_maps: features (B, channels, H, W), finest first; those that the branch was built for are read.
+            padding_mask: (B, H, W) bool, True on padding.
 
         Returns:
-            ``attention`` (B, Q, M, h, w), ``image`` (B, C/2, h, w), and ``lateral_0``, ``lateral_1``, … from coarse to
-            fine: what `mask_logits` takes.
+            ``mask_features``: ``attention`` (B, Q, M, h, w), ``image`` (B, C/2, h, w), ``lateral_0``, ``lateral_1``, …
+            from coarse to fine, and ``sizes`` (B, 2) int64, height and width of each image without its padding.
         """
-        level = len(features)
-        sizes, shape = [h * w for h, w in spatial_shapes], spatial_shapes[level]
-        coarse = memory.split(sizes, dim=1)[level]  # (B, h·w, C)
-        query = self.query_proj(hidden).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, M, Q, D)
+        features = backbone_maps[: len(self.lateral)]
+        level = len(features)  # the level after the features is attended to
+        sizes, shape = [h * w for h, w in decoded.spatial_shapes], decoded.spatial_shapes[level]
+        coarse = decoded.memory.split(sizes, dim=1)[level]  # (B, h·w, C)
+        query = self.query_proj(decoded.hidden_states[-1]).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         key = self.key_proj(coarse).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, M, h·w, D)
-        scores = (query @ key.mT).float() * query.shape[-1] ** -0.5
-        scores = scores.masked_fill(padding_mask.split(sizes, dim=1)[level][:, None, None], -torch.inf)
+        scores = (query @ key.mT).float() * query.shape[-1] ** -0.5  # (B, M, Q, h·w)
+        scores = scores.masked_fill(decoded.padding_mask.split(sizes, dim=1)[level][:, None, None], -torch.inf)
         prepared = {
             "attention": scores.softmax(-1).transpose(1, 2).unflatten(3, shape),
             "image": self.memory_conv(coarse.transpose(1, 2).unflatten(2, shape)),
         }
         for step, (lateral, feature) in enumerate(zip(self.lateral, reversed(features), strict=True)):
             prepared[f"lateral_{step}"] = lateral(feature)
-        return prepared
+        prepared["sizes"] = torch.stack([(~padding_mask).any(2).sum(1), (~padding_mask).any(1).sum(1)], dim=1)
+        return {"mask_features": prepared}
 
-    def mask_logits(self, prepared: dict[str, Tensor], image_index: Tensor, query_index: Tensor) -> Tensor:
-        """The masks of K queries over their padded images.
+    def losses(self, outputs: Any, matches: Matches, targets: PackedTargets) -> dict[str, Tensor]:
+        """Compute ``loss_mask`` (focal) and ``loss_dice`` of the last layer, each (1,)."""
+        queries = matches.queries[-1]
+        logits = self.mask_logits(outputs["mask_features"], matches.images, queries.clamp(min=0))
+        losses = self.loss(logits, targets.masks, targets.boxes, targets.sizes[matches.images])
+        return {name: ((loss * (queries >= 0)).sum() / matches.num_targets)[None] for name, loss in losses.items()}
+
+    def masks(
+        self, outputs: Any, image: int, queries: Tensor, labels: Tensor, boxes: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        features = outputs["mask_features"]
+        logits = self.mask_logits(features, torch.full_like(queries, image), queries)
+        return self.paste(logits, boxes, features["sizes"][image], image_size)
+
+    def export(self, outputs: Any, selection: Selection) -> dict[str, Tensor]:
+        queries = selection.queries
+        images = torch.arange(queries.shape[0], device=queries.device)[:, None].expand_as(queries)
+        logits = self.mask_logits(outputs["mask_features"], images.flatten(), queries.flatten())
+        return {"mask_logits": logits.unflatten(0, queries.shape)}
+
+    def describe_export(self, top_k: int) -> dict[str, str]:
+        return {
+            "mask_logits": f"(B, {top_k}, H/{self.stride}, W/{self.stride}) float32 over the padded image: the mask is "
+            "where it is above 0, inside the box"
+        }
+
+    def mask_logits(self, prepared: dict[str, Tensor], image: Tensor, query: Tensor) -> Tensor:
+        """Predict the masks of K queries over their padded images.
 
         Args:
-            prepared: of `forward`.
-            image_index: (K,) int64, the image of each query in its batch.
-            query_index: (K,) int64, which of the image's queries.
+            prepared: ``mask_features`` of `forward`.
+            image: (K,) int64, the image of each query in the batch.
+            query: (K,) int64.
 
         Returns:
             (K, H, W) float32, H and W being those of the finest feature.
         """
-        attention = prepared["attention"][image_index, query_index]  # (K, M, h, w)
-        x = self.norm(prepared["image"][image_index] + self.attention_conv(attention)).relu()
+        attention = prepared["attention"][image, query]  # (K, M, h, w)
+        x = self.norm(prepared["image"][image] + self.attention_conv(attention)).relu()
         for step, refine in enumerate(self.refine):
             lateral = prepared[f"lateral_{step}"]
-            x = refine(F.interpolate(x, size=lateral.shape[-2:]) + lateral[image_index])
+            x = refine(F.interpolate(x, size=lateral.shape[-2:]) + lateral[image])
         return self.output(x)[:, 0].float()
 
     def loss(self, mask_logits: Tensor, masks: Tensor, boxes: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        """Focal and dice loss of each pair of predicted and target mask, as in DETR.
+        """Compute the focal and dice loss of each pair of predicted and target mask, as in DETR.
 
         They are compared in the target's box and a margin around it, where the target is empty. Further away nothing
-        has to be learned, as `masks` keeps what lies in the predicted box. A frame of a fixed number of samples costs
-        the same for an object of any size, and no full-image target is ever made.
+        has to be learned, because `paste` keeps only the inside of the predicted box. A frame of a fixed number of
+        samples costs the same for an object of any size, and no full-image target is ever made.
 
         Args:
             mask_logits: (T, H, W) of `mask_logits`.
@@ -127,7 +154,7 @@ class SeparateMaskHead(nn.Module):
             ``loss_mask`` and ``loss_dice``, each (T,).
         """
         N = masks.shape[-1]
-        border = N * (MARGIN - 1) // (2 * MARGIN)
+        border = N * (FRAME_SCALE - 1) // (2 * FRAME_SCALE)
         target = F.adaptive_avg_pool2d(masks.to(mask_logits.dtype)[:, None], N - 2 * border)[:, 0]
         target = F.pad(target, (border, border, border, border))
 
@@ -146,8 +173,8 @@ class SeparateMaskHead(nn.Module):
             "loss_dice": 1 - (2 * overlap + 1) / (total + 1),
         }
 
-    def masks(self, mask_logits: Tensor, boxes: Tensor, size: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Full-image masks (K, H, W) bool: where the logit is above 0, within the predicted box (paper, section 3.1).
+    def paste(self, mask_logits: Tensor, boxes: Tensor, size: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Paste masks into an image: (K, H, W) bool, true where the logit is above 0 inside the predicted box.
 
         Args:
             mask_logits: (K, h, w) of `mask_logits`, all of one image.
@@ -164,7 +191,7 @@ class SeparateMaskHead(nn.Module):
         return (logits > 0) & rows[:, :, None] & columns[:, None, :]
 
     def _sample(self, maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Maps (n, c, h, w) at columns x (n, X) and rows y (n, Y), in pixels of the padded image: (n, c, Y, X).
+        """Sample maps (n, c, h, w) at columns x (n, X) and rows y (n, Y), in pixels of the padded image: (n, c, Y, X).
 
         Beyond its edge a map goes on with the value there.
         """

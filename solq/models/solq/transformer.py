@@ -118,7 +118,7 @@ class Decoder(nn.Module):
 
 @dataclass
 class TransformerOutput:
-    """What the heads and the losses read; lists have one entry per decoder layer."""
+    """The output of the transformer, which the heads read; lists have one entry per decoder layer."""
 
     hidden_states: list[Tensor]  # (B, Q, width)
     pred_boxes: list[Tensor]  # (B, Q, 4) cx cy w h in 0..1
@@ -127,6 +127,10 @@ class TransformerOutput:
     spatial_shapes: SpatialShapes
     proposal_logits: Tensor | None = None  # (B, S, C), two-stage only
     proposal_boxes: Tensor | None = None  # (B, S, 4), two-stage only
+
+    def keep_last_layer(self) -> None:
+        """Drop the outputs of all decoder layers but the last."""
+        self.hidden_states, self.pred_boxes = self.hidden_states[-1:], self.pred_boxes[-1:]
 
 
 class DeformableTransformer(nn.Module):

@@ -11,7 +11,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from solq.models.backbones.resnet import RESNETS, SWINS, build_backbone, load_backbone_weights
+from solq.models.backbones import RESNETS, SWINS, build_backbone
+from solq.models.backbones.swin import TIMM_NAMES
+from solq.models.backbones.weights import load_backbone_weights
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_levels_of_swin_at_any_size(swin: nn.Module, size: tuple[int, int]) -> N
 @torch.no_grad()
 def test_swin_computes_what_timm_does(swin: nn.Module) -> None:
     """At the size of its classifier, whose last stage is one window; it is shifted too, as in detectors."""
-    reference = timm.create_model(SWINS["swin-t"], always_partition=True).eval()
+    reference = timm.create_model(TIMM_NAMES["swin-t"], always_partition=True).eval()
     backbone = build_backbone("swin-t", "frozen").eval()
     state = {key.replace("layers.", "layers_", 1): value for key, value in reference.state_dict().items()}
     backbone.body.load_state_dict({key: state[key] for key in backbone.body.state_dict()})
@@ -119,7 +121,7 @@ def test_weights_of_a_file(tmp_path: Path, ending: str) -> None:
 
 
 def test_weights_of_a_swin_classifier(tmp_path: Path) -> None:
-    state = timm.create_model(SWINS["swin-t"]).state_dict()
+    state = timm.create_model(TIMM_NAMES["swin-t"]).state_dict()
     torch.save(state, tmp_path / "swin.pth")
     backbone = build_backbone("swin-t", "frozen")
     load_backbone_weights(backbone, "swin-t", str(tmp_path / "swin.pth"))

@@ -13,12 +13,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from solq.data.batch import PackedTargets
 from solq.kernels import use_backend
+from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
-from solq.training.config import ModelConfig
 from solq.training.criterion import SetCriterion
 from solq.training.matcher import HungarianMatcher
 
-TINY = ModelConfig(
+TINY = SOLQConfig(
     backbone="resnet10",
     num_classes=5,
     width=64,
@@ -72,8 +72,7 @@ def targets() -> PackedTargets:
 
 
 def total_loss(model: SOLQ, outputs: dict[str, Any]) -> Tensor:
-    layers = model.config.decoder_layers
-    criterion = SetCriterion(HungarianMatcher(), model.mask_coding, model.mask_head, decoder_layers=layers)
+    criterion = SetCriterion(HungarianMatcher(), model)
     return criterion.total(criterion(outputs, targets()))
 
 
@@ -86,26 +85,22 @@ def test_outputs_and_a_gradient_for_every_parameter(two_stage: bool, mask_branch
     """A parameter without a gradient would stop a training by several processes."""
     model = build(two_stage=two_stage, mask_branch=mask_branch)
     outputs = model(*batch())
-    expected = {"pred_logits": (2, 7, 5), "pred_boxes": (2, 7, 4)}
+    expected = {"pred_logits": (2, 2, 7, 5), "pred_boxes": (2, 2, 7, 4)}
     if mask_branch == "unified":
-        expected["pred_vectors"] = (2, 7, 20)
-    layers = [outputs, *outputs["aux_outputs"]]
-    assert len(layers) == 2
-    for layer in layers:
-        for name, shape in expected.items():
-            assert layer[name].shape == shape
-            assert layer[name].dtype == torch.float32
+        expected["pred_vectors"] = (2, 2, 7, 20)
+    for name, shape in expected.items():
+        assert outputs[name].shape == shape
+        assert outputs[name].dtype == torch.float32
     assert ((outputs["pred_boxes"] > 0) & (outputs["pred_boxes"] < 1)).all()
     assert set(outputs) == {
         *expected,
-        "aux_outputs",
-        *(["enc_outputs"] if two_stage else []),
+        *(["enc_logits", "enc_boxes"] if two_stage else []),
         *(["mask_features"] if mask_branch == "separate" else []),
     }
     if two_stage:
         S = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
-        assert outputs["enc_outputs"]["pred_logits"].shape == (2, S, 5)
-        assert outputs["enc_outputs"]["pred_boxes"].shape == (2, S, 4)
+        assert outputs["enc_logits"].shape == (2, S, 5)
+        assert outputs["enc_boxes"].shape == (2, S, 4)
     if mask_branch == "separate":
         assert outputs["mask_features"]["sizes"].tolist() == [[64, 96], [32, 64]]
     total_loss(model, outputs).backward()
@@ -122,9 +117,9 @@ def test_heads_are_applied_to_their_own_layers() -> None:
     for layer in model.transformer.decoder.layers:
         layer.register_forward_hook(lambda _, __, output: hidden.append(output))
     outputs = model(*batch())
-    for index, layer in enumerate([*outputs["aux_outputs"], outputs]):
-        torch.testing.assert_close(layer["pred_logits"], model.class_embed[index](hidden[index]))
-        torch.testing.assert_close(layer["pred_vectors"], model.vector_embed(hidden[index]))
+    for index in range(2):
+        torch.testing.assert_close(outputs["pred_logits"][index], model.class_embed[index](hidden[index]))
+        torch.testing.assert_close(outputs["pred_vectors"][index], model.masks.vector_embed(hidden[index]))
     assert (hidden[0] - hidden[1]).abs().max() > 0.1
 
 
@@ -179,7 +174,7 @@ def test_other_images_of_the_batch_change_nothing() -> None:
     both = model(images, mask)
     alone = model(images[1:], mask[1:])
     for name in ("pred_logits", "pred_boxes", "pred_vectors"):
-        torch.testing.assert_close(both[name][1:], alone[name], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(both[name][:, 1:], alone[name], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -227,8 +222,8 @@ def test_initial_values_of_the_heads(two_stage: bool) -> None:
         sides = -2.0 if index == 0 and not two_stage else 0.0
         assert head.layers[2].bias.tolist() == [0, 0, sides, sides]
         assert head.layers[0].weight.any()
-    assert not model.vector_embed.layers[2].weight.any()
-    assert model.vector_embed.layers[2].bias.tolist() == [0.0, 0.0] + [-2.0] * 18
+    assert not model.masks.vector_embed.layers[2].weight.any()
+    assert model.masks.vector_embed.layers[2].bias.tolist() == [0.0, 0.0] + [-2.0] * 18
     for convolution, _ in model.input_proj:
         fan = convolution.weight[0].numel() + convolution.weight[:, 0].numel()
         assert 0.9 * math.sqrt(6 / fan) < convolution.weight.abs().max() <= math.sqrt(6 / fan)
@@ -240,15 +235,15 @@ def test_initial_values_of_the_heads(two_stage: bool) -> None:
 def test_first_predictions() -> None:
     """Every class has a probability near 0.01; boxes lie around the references, with sides of sigmoid(−2)."""
     outputs = build().eval()(*batch())
-    for layer in (*outputs["aux_outputs"], outputs):
-        assert 0.001 < layer["pred_logits"].sigmoid().mean() < 0.1
-        torch.testing.assert_close(layer["pred_boxes"][..., 2:], torch.full((2, 7, 2), 1 / (1 + math.exp(2))))
+    for logits, boxes in zip(outputs["pred_logits"], outputs["pred_boxes"], strict=True):
+        assert 0.001 < logits.sigmoid().mean() < 0.1
+        torch.testing.assert_close(boxes[..., 2:], torch.full((2, 7, 2), 1 / (1 + math.exp(2))))
 
 
 # ---- names
 
 
-def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def official_shapes(config: SOLQConfig) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of this model's weights under the names of the official checkpoints."""
     with torch.device("meta"):
         model = SOLQ(config)
@@ -257,8 +252,8 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         first = key.split(".")[0]
         if first == "backbone":
             names = [key.replace("backbone.", "backbone.0.", 1)]
-        elif first == "vector_embed":  # one module, there named once per head
-            names = [f"vector_embed.{i}.{key.split('.', 1)[1]}" for i in range(len(model.class_embed))]
+        elif first == "masks":  # one module, there named once per head
+            names = [f"vector_embed.{i}.{key.split('.', 2)[2]}" for i in range(len(model.class_embed))]
         elif first == "bbox_embed" or (first == "class_embed" and config.two_stage):
             names = [key, f"transformer.decoder.{key}"]
         else:
@@ -272,7 +267,7 @@ def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 )
 def test_weights_are_those_of_the_official_checkpoints(backbone: str, two_stage: bool, count: int) -> None:
     """As many as they have, with their names (up to the rule above) and shapes."""
-    shapes = official_shapes(ModelConfig(backbone=backbone, two_stage=two_stage))
+    shapes = official_shapes(SOLQConfig(backbone=backbone, two_stage=two_stage))
     assert len(shapes) == count
     some = {
         "transformer.level_embed": (4, 384),
@@ -313,7 +308,7 @@ def train(
     """Of some steps the matched queries and the losses, and the first step's gradients, all on the host."""
     model = copy.deepcopy(model).to(device)
     matcher = HungarianMatcher()
-    criterion = SetCriterion(matcher, model.mask_coding, decoder_layers=model.config.decoder_layers)
+    criterion = SetCriterion(matcher, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     images, padding_mask = (x.to(device) for x in batch(32, 48))  # small, for the interpreter
     objects = targets().to(device)
@@ -321,7 +316,7 @@ def train(
     for step in range(steps):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model(images, padding_mask)
-        logits, boxes = outputs["pred_logits"][None], outputs["pred_boxes"][None]
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         matches.append(matcher.match(logits, boxes, objects.labels, objects.boxes, objects.offsets).cpu())
         named = criterion(outputs, objects)
         losses.append({name: loss.detach().cpu() for name, loss in named.items()})

@@ -1,0 +1,57 @@
+"""Learning rates, precision and averaged weights of a training run."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from solq.models.base import InstanceSegmenter
+from solq.training.config import TrainConfig
+
+
+def parameter_groups(model: InstanceSegmenter, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups, each with its learning rate.
+
+    The rate of group `x` is the setting `lr_x` of the run or of the model; that of "others" is `lr`.
+    """
+    rates = {"others": config.lr, "backbone": config.lr_backbone}
+    groups = []
+    for name, parameters in model.learning_rate_groups().items():
+        rate = rates[name] if name in rates else getattr(config.model, f"lr_{name}")
+        if parameters:
+            groups.append({"params": parameters, "base_lr": rate, "lr": rate, "weight_decay": config.weight_decay})
+    return groups
+
+
+def lr_factor(step: int, config: TrainConfig, steps: int) -> float:
+    """Return the factor of all learning rates: a linear warm-up, then 1, then 0.1."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return warmup * (0.1 if step >= config.lr_drop * steps else 1.0)
+
+
+def mixed_precision(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the device computes in it, else float16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def averaged_model(model: nn.Module, decay: float) -> AveragedModel | None:
+    """Return a moving average of the model's weights, or None without a decay.
+
+    Buffers are copied: an average of Swin's integer ones would round them down.
+    """
+    return AveragedModel(model, use_buffers=False) if decay > 0 else None
+
+
+def update_average(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards those of the model.
+
+    `AveragedModel.update_parameters` copies a counter to the device and waits for that, in every step.
+    """
+    update = get_ema_multi_avg_fn(decay if average.n_averaged else 0.0)  # the first time a copy
+    update(list(average.parameters()), list(model.parameters()), average.n_averaged)
+    for averaged, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+        averaged.copy_(buffer)
+    average.n_averaged += 1
