@@ -123,7 +123,7 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch\n"
         "from pathlib import Path\n"
-        "from solq.checkpoint import save_checkpoint\n"
+        "from solq.training.checkpoint import save_checkpoint\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "save_checkpoint(Path(sys.argv[1]), 2, {'step': 2, 'model': torch.zeros(100_000)})\n"
     )
