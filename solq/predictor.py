@@ -20,6 +20,7 @@ from solq.data.batch import Size, normalize, padded_sizes
 from solq.data.image import rgb_pixels
 from solq.data.transforms import View, resized, view_image
 from solq.detections import Detections
+from solq.devices import choose_device
 from solq.models.base import InstanceSegmenter
 from solq.weights import check_length, load
 
@@ -249,27 +250,6 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], T], arguments: Ite
         result = futures.popleft().result()
         futures.extend(pool.submit(function, argument) for argument in islice(rest, 1))
         yield result
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, must be auto, cpu, cuda or cuda:<number>") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {str(chosen)!r}, must be auto, cpu, cuda or cuda:<number>")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device} but torch finds no GPU: use cpu, or check the driver")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device} but torch finds {torch.cuda.device_count()} GPUs, numbered from 0")
-    return chosen
 
 
 def is_folder(image: object) -> TypeGuard[str | Path]:

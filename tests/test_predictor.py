@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import solq
 from solq.detections import Detections, ModelMeta
+from solq.devices import choose_device
 from solq.models.solq.model import SOLQ
-from solq.predictor import Predictor, ahead, choose_device, folder_images, read_rgb
+from solq.predictor import Predictor, ahead, folder_images, read_rgb
 from solq.training.presets import preset
 
 

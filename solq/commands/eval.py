@@ -22,9 +22,10 @@ from solq.commands.predict import DTYPES
 from solq.data.batch import collate, padded_sizes
 from solq.data.coco import CocoDataset
 from solq.data.transforms import EvalTransform
+from solq.devices import choose_device
 from solq.evaluation import CocoEvaluator, class_table, evaluate, table
 from solq.models.base import InstanceSegmenter
-from solq.predictor import Predictor, choose_device
+from solq.predictor import Predictor
 from solq.weights import load
 
 INPUT_SIZE = (512, 852)  # height and width of the images of the paper's Table 5

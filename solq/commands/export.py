@@ -21,9 +21,9 @@ import tyro
 from torch import Tensor, nn
 
 from solq.data.batch import normalize
+from solq.devices import choose_device
 from solq.kernels.ms_deform_attn import cpu as reference
 from solq.models.base import InstanceSegmenter, select_top_k
-from solq.predictor import choose_device
 from solq.weights import load
 
 Format = Literal["torch-export", "aoti", "onnx"]

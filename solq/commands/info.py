@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from solq import __version__, kernels
+from solq.devices import choose_device
 from solq.kernels import reference, use_backend
 from solq.kernels.runtime import INTERPRETED, backend_for
-from solq.predictor import choose_device
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "faster-coco-eval", "safetensors", "timm")
 

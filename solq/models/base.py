@@ -24,8 +24,6 @@ class ModelConfig(Protocol):
     num_queries: int
     changeable: ClassVar[frozenset[str]]
     """Settings that may differ when a run is resumed, because neither weights nor data depend on them."""
-    dense_labels: ClassVar[bool]
-    """Whether labels number the categories from 0 without gaps; otherwise COCO's ids 0 … 90 are the labels."""
 
     @property
     def num_layers(self) -> int:

@@ -106,10 +106,12 @@ class SOLQ(InstanceSegmenter):
         return record_attention(self.transformer, layer)
 
     def rename_former_keys(self, state: dict[str, Tensor], prefix: str = "") -> None:
-        former = {"vector_embed.": "masks.vector_embed.", "mask_coding.": "masks.coding.", "mask_head.": "masks."}
+        former = {"vector_embed.": "masks.vector_embed.", "mask_head.": "masks.", "mask_coding.": "masks.coding."}
         for old, new in former.items():
             for key in [key for key in state if key.startswith(prefix + old)]:
-                state[prefix + new + key.removeprefix(prefix + old)] = state.pop(key)
+                value = state.pop(key)
+                if old != "mask_coding." or isinstance(self.masks, VectorMasks):  # other branches held an unused one
+                    state[prefix + new + key.removeprefix(prefix + old)] = value
 
     def prepare_training(self, resumes: bool) -> None:
         """Freeze the detector if the config says so and, unless a run resumes, read the fitted mask coding.

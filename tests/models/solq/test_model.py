@@ -299,6 +299,32 @@ def test_weights_are_those_of_the_official_checkpoints(backbone: str, two_stage:
     assert some.items() <= shapes.items()
 
 
+@pytest.mark.parametrize(
+    ("changes", "former"),
+    [
+        ({"mask_coding": "pca"}, {"masks.vector_embed.": "vector_embed.", "masks.coding.": "mask_coding."}),
+        ({"mask_branch": "separate"}, {"masks.": "mask_head."}),
+        ({"mask_branch": "none"}, {}),
+    ],
+    ids=["unified", "separate", "none"],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_under_former_names(changes: dict[str, Any], former: dict[str, str], prefix: str) -> None:
+    """Before the mask branch was called `masks`, its tensors had other names, and every model held a coding."""
+    source, model = perturbed(build(**changes)), build(**changes)
+    state = {}
+    for key, value in source.state_dict().items():
+        for now, before in former.items():
+            key = before + key.removeprefix(now) if key.startswith(now) else key
+        state[prefix + key] = value.clone()
+    if changes.get("mask_coding") is None:
+        state[prefix + "mask_coding.mean"] = torch.ones(16**2)
+    wrapper = torch.nn.ModuleDict({"module": model}) if prefix else model
+    wrapper.load_state_dict(state)
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
 # ---- kernels
 
 
