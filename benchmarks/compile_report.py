@@ -45,7 +45,7 @@ from triton.compiler import ASTSource
 
 from solq.kernels.runtime import LAUNCH_OPTIONS
 
-MODULES = ("ms_deform_attn.kernels", "mask_codec.kernels", "matching.cost", "matching.assignment")
+MODULES = ("ms_deform_attn.kernels", "mask_codec.encode_kernels", "matching.cost_kernel", "matching.assignment_kernel")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

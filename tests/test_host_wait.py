@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solq.data import shapes
-from solq.kernels.matching.cost import ClassCost
+from solq.kernels.matching.cost_kernel import ClassCost
 from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
 from solq.training.config import TrainConfig

@@ -27,7 +27,7 @@ from torch import Tensor
 from solq.drop_in.attention import Shapes, attention, attention_layer
 from solq.drop_in.patching import Patch, Replacement, Versions
 from solq.kernels import linear_assignment, matching_cost
-from solq.kernels.matching.cost import ClassCost
+from solq.kernels.matching.cost_kernel import ClassCost
 
 KNOWN_TO_WORK = Versions("transformers", "4.57", "5.23")
 HELD = "ms_deformable_attn_core"

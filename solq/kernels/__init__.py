@@ -4,7 +4,7 @@ CUDA and HIP tensors are served by Triton, CPU tensors by :mod:`solq.kernels.ref
 definitions of the same names. :func:`use_backend` forces one of the two.
 """
 
-from solq.kernels.mask_codec.kernels import (
+from solq.kernels.mask_codec.encode_kernels import (
     crop_dct_encode,
     dct_decode,
     dct_decode_binary,
@@ -13,8 +13,8 @@ from solq.kernels.mask_codec.kernels import (
     paste_masks,
     paste_runs,
 )
-from solq.kernels.matching.assignment import linear_assignment
-from solq.kernels.matching.cost import matching_cost
+from solq.kernels.matching.assignment_kernel import linear_assignment
+from solq.kernels.matching.cost_kernel import matching_cost
 from solq.kernels.ms_deform_attn.kernels import ms_deform_attn, ms_deform_attn_fused
 from solq.kernels.ms_deform_attn.module import MSDeformAttn
 from solq.kernels.runtime import use_backend

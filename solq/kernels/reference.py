@@ -1,6 +1,6 @@
 """The operators in plain PyTorch, under the names and signatures of :mod:`solq.kernels`."""
 
-from solq.kernels.mask_codec.cpu import (
+from solq.kernels.mask_codec.dct import (
     binarize,
     crop_dct_encode,
     crop_masks,
@@ -15,7 +15,7 @@ from solq.kernels.mask_codec.cpu import (
     paste_runs,
     zigzag,
 )
-from solq.kernels.matching.cpu import linear_assignment, matching_cost
+from solq.kernels.matching.cost import linear_assignment, matching_cost
 from solq.kernels.ms_deform_attn.cpu import ms_deform_attn, ms_deform_attn_fused
 
 __all__ = [

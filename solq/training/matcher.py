@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from solq.kernels import linear_assignment, matching_cost
-from solq.kernels.matching.cost import ClassCost
+from solq.kernels.matching.cost_kernel import ClassCost
 
 
 class HungarianMatcher(nn.Module):

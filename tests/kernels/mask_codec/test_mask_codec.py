@@ -22,7 +22,7 @@ from solq.kernels import (
     reference,
     use_backend,
 )
-from solq.kernels.mask_codec import kernels
+from solq.kernels.mask_codec import encode_kernels as kernels
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 

@@ -191,7 +191,7 @@ def test_does_not_change_its_input(backend: str) -> None:
     ],
 )
 def test_errors(cost: Tensor, offsets: list, message: str, backend: str, monkeypatch) -> None:
-    monkeypatch.setattr("solq.kernels.matching.cost.CHECK_ON_DEVICE", True) if LARGE else None
+    monkeypatch.setattr("solq.kernels.matching.cost_kernel.CHECK_ON_DEVICE", True) if LARGE else None
     with pytest.raises(ValueError, match=message) as error:
         linear_assignment(cost.to(DEVICE), torch.tensor(offsets, device=DEVICE))
     assert "\n" not in str(error.value)

@@ -233,7 +233,7 @@ def test_queries_beyond_one_block(device: torch.device) -> None:
     ],
 )
 def test_errors(position: int, replace, message: str, backend: str, device: torch.device, monkeypatch) -> None:
-    monkeypatch.setattr("solq.kernels.matching.cost.CHECK_ON_DEVICE", True) if device.type == "cuda" else None
+    monkeypatch.setattr("solq.kernels.matching.cost_kernel.CHECK_ON_DEVICE", True) if device.type == "cuda" else None
     case = list(random_case(1, [2, 3], 5, 3, device))
     case[position] = replace(case[position])
     with pytest.raises(ValueError, match=message) as error:

@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solq.kernels.matching import cpu as reference
-from solq.kernels.matching.cost import (
+from solq.kernels.matching import cost as reference
+from solq.kernels.matching.cost_kernel import (
     check_floating,
     check_offset_values,
     check_offsets,

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solq.kernels.mask_codec import cpu as reference
+from solq.kernels.mask_codec import dct as reference
 from solq.kernels.runtime import LAUNCH_OPTIONS, backend_for
 
 LARGEST_CORNER = tl.constexpr(reference.LARGEST_CORNER)
