@@ -82,7 +82,7 @@ def our_assignment(batch: Batch, cost: Tensor) -> Tensor:
     return linear_assignment(cost, batch.target_offsets)
 
 
-def scipy_threads(batch: Batch, cost: Tensor) -> Tensor:
+def scipy_on_host(batch: Batch, cost: Tensor) -> Tensor:
     with use_backend("reference"):
         return linear_assignment(cost, batch.target_offsets)
 
@@ -190,7 +190,7 @@ def test_cost(benchmark, images: int, crowded: bool, contender: Callable[[Batch]
 
 
 @pytest.mark.parametrize(
-    "contender", [our_assignment, scipy_threads, scipy_per_layer, scipy_of_blocks, torch_linear_assignment]
+    "contender", [our_assignment, scipy_on_host, scipy_per_layer, scipy_of_blocks, torch_linear_assignment]
 )
 @batches
 @pytest.mark.benchmark(group="assignment of 6 layers")
@@ -198,7 +198,7 @@ def test_assignment(benchmark, images: int, crowded: bool, contender: Callable[[
     benchmark.group += f", batch {images}, {'crowded' if crowded else 'COCO'}"
     batch = make_batch(images, crowded)
     with use_backend(BACKEND):
-        cost = our_cost(batch) if contender in (our_assignment, scipy_threads) else detr_costs(batch)
+        cost = our_cost(batch) if contender in (our_assignment, scipy_on_host) else detr_costs(batch)
     run(benchmark, lambda: contender(batch, cost))
 
 

@@ -1,7 +1,7 @@
 """What the compilers make of every kernel, for GPUs that need not be there: `python -m benchmarks.compile_report`.
 
-Each kernel module of `solq.kernels` has one function `compile_cases()`, a generator of plain tuples, one for every
-kernel and configuration that a launch can choose:
+Each module of MODULES has one function `compile_cases()`, a generator of plain tuples, one for every kernel and
+configuration that a launch can choose:
 
     (label, kernel, signature, constexprs, attrs, num_warps, num_stages, expectations)
 
@@ -33,6 +33,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -45,7 +46,11 @@ from triton.compiler import ASTSource
 
 from solq.kernels.runtime import LAUNCH_OPTIONS
 
-MODULES = ("ms_deform_attn.kernels", "mask_codec.encode_kernels", "matching.cost_kernel", "matching.assignment_kernel")
+MODULES = {
+    "ms_deform_attn": "solq.kernels.ms_deform_attn.kernels",
+    "mask_codec": "benchmarks.compile_cases.mask_codec",
+    "matching": "benchmarks.compile_cases.matching",
+}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -73,7 +78,7 @@ class Row:
 
 @cache
 def cases(module: str) -> list[tuple[Any, ...]]:
-    return list(importlib.import_module(f"solq.kernels.{module}").compile_cases())
+    return list(importlib.import_module(MODULES[module]).compile_cases())
 
 
 def _occupancy(target: str, num_warps: int, registers: int, shared: int) -> float:
@@ -156,7 +161,7 @@ def compile_case(module: str, index: int, target: str) -> Row:
     return Row(label=label, target=target, num_warps=num_warps, broken=broken, **found)
 
 
-def report(targets: list[str], match: str = "", modules: tuple[str, ...] = MODULES) -> list[Row]:
+def report(targets: list[str], match: str = "", modules: Iterable[str] = tuple(MODULES)) -> list[Row]:
     """A row for every case whose label matches the regular expression `match`, and target."""
     jobs = [
         (module, index, target)
@@ -186,13 +191,13 @@ def markdown(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--modules", nargs="+", choices=list(MODULES), default=list(MODULES))
     parser.add_argument("--match", default="", help="regular expression that labels must match")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, kernels can only be compiled without it: unset it")
-    rows = report(arguments.targets, arguments.match, tuple(arguments.modules))
+    rows = report(arguments.targets, arguments.match, arguments.modules)
     print(markdown(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

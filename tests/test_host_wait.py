@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solq.data import shapes
-from solq.kernels.matching.cost_kernel import ClassCost
+from solq.kernels.matching import ClassCostForm
 from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
 from solq.training.config import TrainConfig
@@ -157,15 +157,15 @@ def test_waits_are_seen(
         run(main, data, tmp_path / "run", {}, {})
 
 
-@pytest.mark.parametrize("class_cost", ["focal", "softmax"])
-def test_matcher_never_waits(class_cost: ClassCost) -> None:
+@pytest.mark.parametrize("class_cost_form", ["focal", "softmax"])
+def test_matcher_never_waits(class_cost_form: ClassCostForm) -> None:
     """As another codebase calls it, with everything on the device."""
     outputs = {"pred_logits": torch.zeros(3, 6, 4, device=DEVICE), "pred_boxes": torch.ones(3, 6, 4, device=DEVICE)}
     targets = [
         {"labels": torch.zeros(n, device=DEVICE, dtype=torch.int64), "boxes": torch.ones(n, 4, device=DEVICE)}
         for n in (2, 0, 9)
     ]
-    matcher = HungarianMatcher(class_cost=class_cost)
+    matcher = HungarianMatcher(class_cost_form=class_cost_form)
     matcher(outputs, targets)
     with no_host_wait():
         matches = matcher(outputs, targets)

@@ -27,7 +27,7 @@ from torch import Tensor
 from solq.drop_in.attention import Shapes, attention, attention_layer
 from solq.drop_in.patching import Patch, Replacement, Versions
 from solq.kernels import linear_assignment, matching_cost
-from solq.kernels.matching.cost_kernel import ClassCost
+from solq.kernels.matching import ClassCostForm
 
 KNOWN_TO_WORK = Versions("transformers", "4.57", "5.23")
 HELD = "ms_deformable_attn_core"
@@ -103,7 +103,7 @@ def _match(
     matcher: Any,
     outputs: dict[str, Tensor],
     targets: Sequence[dict[str, Tensor]],
-    class_cost: ClassCost,
+    class_cost_form: ClassCostForm,
     alpha: float = 0.25,
     gamma: float = 2.0,
     groups: int = 1,
@@ -123,7 +123,7 @@ def _match(
         cost_giou=matcher.giou_cost,
         alpha=alpha,
         gamma=gamma,
-        class_cost=class_cost,
+        class_cost_form=class_cost_form,
     )
     queries = linear_assignment(cost, offsets).cpu()  # (groups, T), the one transfer
     first_query = torch.arange(groups)[:, None] * logits.shape[2]

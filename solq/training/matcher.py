@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from solq.kernels import linear_assignment, matching_cost
-from solq.kernels.matching.cost_kernel import ClassCost
+from solq.kernels.matching import ClassCostForm
 
 
 class HungarianMatcher(nn.Module):
@@ -18,8 +18,8 @@ class HungarianMatcher(nn.Module):
         cost_class: weight of the class cost.
         cost_bbox: weight of the L1 distance of the boxes.
         cost_giou: weight of the negative generalised IoU of the boxes.
-        class_cost: ``"focal"`` (Deformable DETR) or ``"softmax"`` (DETR's original).
-        alpha, gamma: of the focal-style class cost.
+        class_cost_form: ``"focal"`` (Deformable DETR) or ``"softmax"`` (DETR's original).
+        alpha, gamma: parameters of the focal class cost.
 
     Attributes:
         non_finite_costs: how many costs were NaN or infinite in all calls so far, a device tensor () int64; 0 in a
@@ -34,7 +34,7 @@ class HungarianMatcher(nn.Module):
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         *,
-        class_cost: ClassCost = "focal",
+        class_cost_form: ClassCostForm = "focal",
         alpha: float = 0.25,
         gamma: float = 2.0,
     ) -> None:
@@ -42,7 +42,7 @@ class HungarianMatcher(nn.Module):
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("cost_class, cost_bbox and cost_giou are all 0: at least one must not be")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.class_cost: ClassCost = class_cost
+        self.class_cost_form: ClassCostForm = class_cost_form
         self.alpha, self.gamma = alpha, gamma
         self.register_buffer("non_finite_costs", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -74,7 +74,7 @@ class HungarianMatcher(nn.Module):
             cost_giou=self.cost_giou,
             alpha=self.alpha,
             gamma=self.gamma,
-            class_cost=self.class_cost,
+            class_cost_form=self.class_cost_form,
         )
         queries, non_finite = linear_assignment(cost, target_offsets, return_non_finite=True)
         if self.non_finite_costs.device != cost.device:  # DETR's matcher needs no moving, so neither does this one

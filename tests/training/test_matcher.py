@@ -46,13 +46,13 @@ def random_layers(L: int, sizes: list[int], Q: int, C: int, device: torch.device
     )
 
 
-def detr_matches(outputs: Target, targets: list[Target], class_cost: str) -> list[tuple[Tensor, Tensor]]:
+def detr_matches(outputs: Target, targets: list[Target], class_cost_form: str) -> list[tuple[Tensor, Tensor]]:
     """DETR's matcher: all pairs of the batch, then SciPy per image. Focal cost as in Deformable DETR."""
     B, Q = outputs["pred_logits"].shape[:2]
     logits, boxes = outputs["pred_logits"].flatten(0, 1), outputs["pred_boxes"].flatten(0, 1)
     labels = torch.cat([target["labels"] for target in targets])
     target_boxes = torch.cat([target["boxes"] for target in targets])
-    if class_cost == "softmax":
+    if class_cost_form == "softmax":
         cost = -logits.softmax(-1)[:, labels]
     else:
         p = logits.sigmoid()
@@ -67,13 +67,13 @@ def detr_matches(outputs: Target, targets: list[Target], class_cost: str) -> lis
     ]
 
 
-@pytest.mark.parametrize("class_cost", ["focal", "softmax"])
+@pytest.mark.parametrize("class_cost_form", ["focal", "softmax"])
 @pytest.mark.parametrize("sizes", [[3, 0, 12, 1], [0, 0], [40, 20, 21]])
-def test_same_as_detr(sizes: list[int], class_cost: str, device: torch.device) -> None:
+def test_same_as_detr(sizes: list[int], class_cost_form: str, device: torch.device) -> None:
     outputs, targets = random_case(sizes, 20, 7, device)
-    matches = HungarianMatcher(1.5, 4, 3, class_cost=class_cost)(outputs, targets)
+    matches = HungarianMatcher(1.5, 4, 3, class_cost_form=class_cost_form)(outputs, targets)
     for (query, target), (expected_query, expected_target) in zip(
-        matches, detr_matches(outputs, targets, class_cost), strict=True
+        matches, detr_matches(outputs, targets, class_cost_form), strict=True
     ):
         assert query.dtype == target.dtype == torch.int64
         assert torch.equal(query.cpu(), expected_query)
@@ -92,7 +92,7 @@ def test_triton_and_scipy_match_alike(sizes: list[int], device: torch.device) ->
 
 def test_every_layer_matches_as_if_it_were_alone(device: torch.device) -> None:
     sizes = [3, 0, 12]
-    matcher = HungarianMatcher(class_cost="softmax", alpha=0.5, gamma=1.0)
+    matcher = HungarianMatcher(class_cost_form="softmax", alpha=0.5, gamma=1.0)
     logits, boxes, *targets = random_layers(3, sizes, 10, 5, device)
     queries = matcher.match(logits, boxes, *targets)
     assert (queries == -1).sum(1).tolist() == [2, 2, 2]

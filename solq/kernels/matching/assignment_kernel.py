@@ -1,12 +1,10 @@
-"""Linear assignment on the device: for every layer and image the matching of targets to queries of least total cost.
+"""The Triton kernel of linear assignment: the cheapest matching of targets to queries, one program per layer and image.
 
-    minimise Σ_t cost[l, t, assignment[l, t]]  over one-to-one assignments of the targets of an image to its Q queries
-
-by shortest augmenting paths (Jonker and Volgenant 1987, https://doi.org/10.1007/BF02278710, in the form of Crouse
+It finds shortest augmenting paths (Jonker and Volgenant 1987, https://doi.org/10.1007/BF02278710, in the form of Crouse
 2016, https://doi.org/10.1109/TAES.2016.140952, which SciPy uses too). Targets are the rows and are inserted one by
 one: Dijkstra's algorithm on the reduced costs cost − u − v finds the cheapest chain of re-assignments that ends in a
-free query. One program solves one (layer, image); the queries lie across its lanes, so that a step of Dijkstra is
-one coalesced read of a row and three reductions of 32 bits.
+free query. The queries lie across the lanes of a program, so that a step of Dijkstra is one coalesced read of a row
+and three reductions of 32 bits.
 
 If an image has more targets than queries, some target must stay without one. This is a column that is always free
 and costs every target the same: it takes part as soon as all queries are taken, and whoever is assigned to it by the
@@ -14,39 +12,28 @@ last step of a path is left out. Nothing has to be transposed.
 
 The arithmetic is float64, as SciPy's: both find the same indices, exact ties apart.
 
-Kernel or SciPy. CPU tensors are solved by SciPy, a GPU's by the kernel, whatever their sizes: to look at the sizes of
-images would make the host wait. What this rests on, for 6 layers and 300 queries:
+Kernel or SciPy. CPU tensors are solved by SciPy, a GPU's by the kernel, whatever their sizes: the host would have to
+wait to look at the sizes of images. The choice rests on these times, for 6 layers and 300 queries:
     measured    SciPy on one core (AMD EPYC), without the copies and the wait that a GPU's tensors need: 0.1 ms for one
                 image with 7 targets, 24 ms for 16 images with 150; where all targets want the same queries 0.2 and
                 454 ms, 0.4 µs a step.
     estimated   a step of the kernel takes about 800 cycles of an H200, 0.5 µs, as its machine code of 200 instructions
                 and eight barriers reads: as long as SciPy's, but all layers and images take theirs at the same time.
-On a GPU neither is measured yet; `python -m benchmarks.bench_matching` does it and names the cases for SciPy, if any.
+The kernel is not measured on a GPU yet; `python -m benchmarks.bench_matching` does it, and names the cases for SciPy.
 """
-
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, overload
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from solq.kernels.matching import cost as reference
-from solq.kernels.matching.cost_kernel import (
-    check_floating,
-    check_offset_values,
-    check_offsets,
-    check_tensors,
-    values_are_known,
-)
-from solq.kernels.runtime import LAUNCH_OPTIONS, backend_for
+from ..runtime import LAUNCH_OPTIONS
+from .assignment import LARGEST_COST
 
 
 @triton.jit
 def _key_of_smallest(values, key):
-    """The least `key` (int32, not negative) among the lanes with the least of `values` (float64, not NaN).
+    """Find the least `key` (int32, not negative) among the lanes with the least of `values` (float64, not NaN).
 
     A warp reduces 32 bits in one instruction but 64 in five rounds of shuffles, so the halves go one after the other.
     """
@@ -62,13 +49,13 @@ def _key_of_smallest(values, key):
 
 @triton.jit
 def _load_costs(cost_ptr, index, mask, worst):
-    """Costs as float64; `worst` where they are NaN or infinite, 0 where `mask` is not set."""
+    """Load costs as float64, `worst` where they are NaN or infinite, 0 where `mask` is not set."""
     cost = tl.load(cost_ptr + index, mask=mask, other=0).to(tl.float64)
     return tl.where(tl.abs(cost) < float("inf"), cost, worst)
 
 
 @triton.jit(do_not_specialize=["num_targets"])  # it differs from batch to batch
-def _linear_assignment_kernel(
+def linear_assignment_kernel(
     cost_ptr,  # (L, T, Q)
     target_offsets_ptr,  # (B + 1,)
     assignment_ptr,  # (L, T) int64, filled with -1
@@ -77,6 +64,7 @@ def _linear_assignment_kernel(
     num_queries,
     BLOCK: tl.constexpr,  # lanes, more than the queries: lane num_queries stands for "no query"
 ):
+    """Solve one image of one layer."""
     layer, image = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = tl.maximum(tl.load(target_offsets_ptr + image).to(tl.int32), 0)
     end = tl.minimum(tl.load(target_offsets_ptr + image + 1).to(tl.int32), num_targets)
@@ -101,8 +89,8 @@ def _linear_assignment_kernel(
         bound = tl.maximum(bound, tl.max(tl.where(finite, size, 0)).to(tl.float64))
     worst = tl.where(bound > 0, 2 * (num_rows + 1) * bound, 1)
 
-    # Lane q holds all that is known of query q: the row it is assigned to (or -1) and its dual variable v. The dual
-    # variable of an assigned row is its cost − v at its query.
+    # Lane q holds the state of query q: the row it is assigned to (or -1) and its dual variable v. The dual variable of
+    # an assigned row is its cost − v at its query.
     row_of = tl.full([BLOCK], -1, tl.int32)
     v = tl.zeros([BLOCK], tl.float64)
     cost_of_none = tl.full([], INFINITY, tl.float64)  # of leaving a row without a query
@@ -151,23 +139,24 @@ def _linear_assignment_kernel(
     tl.store(assignment_ptr + row_of, lane.to(tl.int64), mask=row_of >= 0)
 
 
-def _launch(num_queries: int) -> tuple[int, int]:
-    """Lanes and warps: four lanes per thread, so that all that is known of them fits the registers."""
+def choose_lanes(num_queries: int) -> tuple[int, int]:
+    """Return lanes and warps of a launch: with four lanes per thread the state of all queries fits the registers."""
     block = max(triton.next_power_of_2(num_queries + 1), 128)
     return block, min(block // 128, 16)
 
 
-def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
+def launch(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve on the device, with the results of :func:`solq.kernels.matching.assignment.solve_with_scipy`."""
     L, T, Q = cost.shape
     B = len(target_offsets) - 1
     assignment = cost.new_full((L, T), -1, dtype=torch.int64)
     non_finite = cost.new_zeros((L, T), dtype=torch.int64)
     if cost.dtype == torch.float64:
-        cost = cost.where(cost.abs() < reference.LARGEST_COST, torch.inf)
+        cost = cost.where(cost.abs() < LARGEST_COST, torch.inf)
     if cost.numel() > 0:
-        block, num_warps = _launch(Q)
+        block, num_warps = choose_lanes(Q)
         with torch.cuda.device_of(cost):
-            _linear_assignment_kernel[(L, B)](
+            linear_assignment_kernel[(L, B)](
                 cost.contiguous(),
                 target_offsets.contiguous(),
                 assignment,
@@ -179,97 +168,3 @@ def _solve_on_device(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tens
                 **LAUNCH_OPTIONS,
             )
     return assignment, non_finite
-
-
-def _solve_on_host(cost: Tensor, target_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """SciPy. For a GPU's tensors: all layers in one copy to the host and one wait, then a thread per layer."""
-    if not cost.is_cuda:  # threads would only take the cores from each other: PyTorch's wait by spinning
-        return reference.linear_assignment(cost, target_offsets, return_non_finite=True)
-    host_cost = cost.to("cpu", non_blocking=True)  # pinned memory
-    host_offsets = target_offsets.to("cpu", non_blocking=True)
-    torch.cuda.current_stream(cost.device).synchronize()
-
-    def solve(layer_cost: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.linear_assignment(layer_cost[None], host_offsets, return_non_finite=True)
-
-    with ThreadPoolExecutor() as threads:
-        assignment, non_finite = zip(*threads.map(solve, host_cost), strict=True)
-    return (
-        torch.cat(assignment).to(cost.device, non_blocking=True),
-        torch.cat(non_finite).to(cost.device, non_blocking=True),
-    )
-
-
-@torch.library.custom_op("solq::linear_assignment", mutates_args=())
-def _linear_assignment(cost: Tensor, target_offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if values_are_known(target_offsets):
-        check_offset_values(target_offsets, cost.shape[1])
-    solve = _solve_on_device if backend == "triton" else _solve_on_host
-    return solve(cost, target_offsets)
-
-
-@_linear_assignment.register_fake
-def _(cost: Tensor, target_offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    per_target = cost.shape[:2]
-    return cost.new_empty(per_target, dtype=torch.int64), cost.new_empty(per_target, dtype=torch.int64)
-
-
-@overload
-def linear_assignment(cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[False] = False) -> Tensor: ...
-
-
-@overload
-def linear_assignment(
-    cost: Tensor, target_offsets: Tensor, *, return_non_finite: Literal[True]
-) -> tuple[Tensor, Tensor]: ...
-
-
-def linear_assignment(
-    cost: Tensor, target_offsets: Tensor, *, return_non_finite: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The query of each target at the least total cost per layer and image.
-
-    A NaN or infinite cost counts as worse than every finite one: as few of them as possible are used. On a GPU the
-    host does not wait, neither for the result nor for the number of such costs.
-
-    On a GPU the kernel solves; ``use_backend("reference")`` makes it SciPy, with one copy of all layers to the host.
-    Why the kernel is the choice for every size is said at the top of this file.
-
-    Args:
-        cost: (L, T, Q), float16, bfloat16, float32 or float64. Of float64, 1e290 and more counts as infinite.
-        target_offsets: (B+1,) int64 or int32; image b has the targets target_offsets[b] … target_offsets[b+1] − 1.
-        return_non_finite: whether to return the number of NaN and infinite costs of each target too.
-
-    Returns:
-        (L, T) int64, -1 for a target left without a query because its image has more targets than queries.
-        With `return_non_finite` also (L, T) int64.
-
-    Raises:
-        TypeError: if an argument is not a tensor.
-        ValueError: if shapes, dtypes or devices do not fit; if offsets do not go from 0 to T without decreasing (on a
-            GPU this is seen only with the environment variable SOLQ_DEBUG=1, which makes the host wait).
-    """
-    check_tensors(cost=cost, target_offsets=target_offsets)
-    if cost.ndim != 3:
-        raise ValueError(f"cost has shape {tuple(cost.shape)}, must be (L, T, Q)")
-    check_floating("cost", cost)
-    check_offsets(target_offsets, cost.shape[1])
-    assignment, non_finite = _linear_assignment(cost.detach(), target_offsets, backend_for(cost))
-    return (assignment, non_finite) if return_non_finite else assignment
-
-
-def compile_cases() -> Iterator[tuple[Any, ...]]:
-    """For benchmarks/compile_report.py."""
-    signature = {
-        "cost_ptr": "*fp32",
-        "target_offsets_ptr": "*i64",
-        "assignment_ptr": "*i64",
-        "non_finite_ptr": "*i64",
-        "num_targets": "i32",
-        "num_queries": "i32",
-    }
-    pointers = [name for name in signature if name.endswith("_ptr")]
-    for queries in (127, 511, 1023, 2047):
-        block, num_warps = _launch(queries)
-        label = f"linear_assignment up to {queries} queries"
-        yield label, _linear_assignment_kernel, signature, {"BLOCK": block}, pointers, num_warps, 3, {}

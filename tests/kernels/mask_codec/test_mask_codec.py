@@ -22,7 +22,7 @@ from solq.kernels import (
     reference,
     use_backend,
 )
-from solq.kernels.mask_codec import encode_kernels as kernels
+from solq.kernels.mask_codec import operators
 
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 
@@ -303,13 +303,13 @@ def test_runs_are_those_of_pycocotools(H: int, W: int, backend: str, device: tor
 
 
 OPERATORS = {
-    "encode": (kernels._dct_encode, lambda: (torch.randn(2, 16, 16, requires_grad=True), 9)),
-    "encode bytes": (kernels._dct_encode, lambda: (blobs(2, 16, 16), 9)),
-    "decode": (kernels._dct_decode, lambda: (torch.randn(2, 9, requires_grad=True), 16)),
-    "decode binary": (kernels._dct_decode_binary, lambda: (torch.randn(2, 9), 16)),
-    "crop encode": (kernels._crop_dct_encode, lambda: (blobs(2, 8, 9), random_boxes(2, 8, 9), 16, 9)),
-    "paste": (kernels._paste_masks, lambda: (blobs(2, 16, 16), random_boxes(2, 8, 9), 8, 9)),
-    "decode paste": (kernels._dct_decode_paste, lambda: (torch.randn(2, 9), random_boxes(2, 8, 9), 8, 9, 16)),
+    "encode": (operators.dct_encode, lambda: (torch.randn(2, 16, 16, requires_grad=True), 9)),
+    "encode bytes": (operators.dct_encode, lambda: (blobs(2, 16, 16), 9)),
+    "decode": (operators.dct_decode, lambda: (torch.randn(2, 9, requires_grad=True), 16)),
+    "decode binary": (operators.dct_decode_binary, lambda: (torch.randn(2, 9), 16)),
+    "crop encode": (operators.crop_dct_encode, lambda: (blobs(2, 8, 9), random_boxes(2, 8, 9), 16, 9)),
+    "paste": (operators.paste_masks, lambda: (blobs(2, 16, 16), random_boxes(2, 8, 9), (8, 9))),
+    "decode paste": (operators.dct_decode_paste, lambda: (torch.randn(2, 9), random_boxes(2, 8, 9), (8, 9), 16)),
 }
 
 

@@ -191,7 +191,7 @@ def test_does_not_change_its_input(backend: str) -> None:
     ],
 )
 def test_errors(cost: Tensor, offsets: list, message: str, backend: str, monkeypatch) -> None:
-    monkeypatch.setattr("solq.kernels.matching.cost_kernel.CHECK_ON_DEVICE", True) if LARGE else None
+    monkeypatch.setattr("solq.kernels.matching.checks.CHECK_ON_DEVICE", True) if LARGE else None
     with pytest.raises(ValueError, match=message) as error:
         linear_assignment(cost.to(DEVICE), torch.tensor(offsets, device=DEVICE))
     assert "\n" not in str(error.value)
@@ -214,7 +214,7 @@ def test_wrong_offsets_on_the_device_stay_inside_the_tensors() -> None:
 
 def test_operator(backend: str) -> None:
     cost = random_cost(1, [3, 1], 2)
-    torch.library.opcheck(torch.ops.solq.linear_assignment, (cost, offsets_of([3, 1]), backend))
+    torch.library.opcheck(torch.ops.solq.linear_assignment, (cost, offsets_of([3, 1])))
 
 
 def test_compiles_whole_for_any_number_of_targets(backend: str) -> None:

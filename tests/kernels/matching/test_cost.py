@@ -59,7 +59,7 @@ def giou(a: list[float], b: list[float]) -> float:
     return (overlap / union if union else 0) - ((hull - union) / hull if hull else 0)
 
 
-def pairwise(case: Case, class_cost: str, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def pairwise(case: Case, class_cost_form: str, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """The definition, one pair at a time in Python's float64, with the default weights."""
     logits, boxes, labels, target_boxes, offsets = (tensor.tolist() for tensor in case)
     cost = torch.zeros(len(logits), len(labels), case[0].shape[2], dtype=torch.float64)
@@ -67,7 +67,7 @@ def pairwise(case: Case, class_cost: str, alpha: float = 0.25, gamma: float = 2.
         for b, image in enumerate(layer):
             for q, scores in enumerate(image):
                 for t in range(offsets[b], offsets[b + 1]):
-                    if class_cost == "softmax":
+                    if class_cost_form == "softmax":
                         of_class = -math.exp(scores[labels[t]]) / sum(map(math.exp, scores))
                     else:
                         of_class = focal(scores[labels[t]], alpha, gamma)
@@ -95,16 +95,16 @@ def cases(draw: st.DrawFn) -> Case:
     return drawn((L, B, Q, C), st.floats(-30, 30)), drawn_boxes((L, B, Q)), labels, drawn_boxes((T,)), offsets
 
 
-@pytest.mark.parametrize("class_cost", ["focal", "softmax"])
+@pytest.mark.parametrize("class_cost_form", ["focal", "softmax"])
 @pytest.mark.parametrize("backend_name", ["reference", "triton"])
 @settings(max_examples=25, deadline=None)
 @given(case=cases())
-def test_definition(case: Case, class_cost: str, backend_name: str) -> None:
+def test_definition(case: Case, class_cost_form: str, backend_name: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with use_backend(backend_name):
-        cost = matching_cost(*(tensor.to(device) for tensor in case), class_cost=class_cost)
+        cost = matching_cost(*(tensor.to(device) for tensor in case), class_cost_form=class_cost_form)
     assert cost.dtype == torch.float32
-    torch.testing.assert_close(cost.cpu().double(), pairwise(case, class_cost), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cost.cpu().double(), pairwise(case, class_cost_form), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 3.0])
@@ -168,7 +168,7 @@ def test_saturated_logits_are_finite(backend: str, device: torch.device) -> None
     case = random_case(1, [3], 4, 3, device)
     case[0][:] = torch.tensor([-1e4, 0, 1e4], device=device)
     assert matching_cost(*case).isfinite().all()
-    assert matching_cost(*case, class_cost="softmax").isfinite().all()
+    assert matching_cost(*case, class_cost_form="softmax").isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -233,7 +233,7 @@ def test_queries_beyond_one_block(device: torch.device) -> None:
     ],
 )
 def test_errors(position: int, replace, message: str, backend: str, device: torch.device, monkeypatch) -> None:
-    monkeypatch.setattr("solq.kernels.matching.cost_kernel.CHECK_ON_DEVICE", True) if device.type == "cuda" else None
+    monkeypatch.setattr("solq.kernels.matching.checks.CHECK_ON_DEVICE", True) if device.type == "cuda" else None
     case = list(random_case(1, [2, 3], 5, 3, device))
     case[position] = replace(case[position])
     with pytest.raises(ValueError, match=message) as error:
@@ -252,8 +252,8 @@ def test_tensors_on_one_device(device: torch.device) -> None:
 
 
 def test_unknown_class_cost(device: torch.device) -> None:
-    with pytest.raises(ValueError, match="class_cost is 'l2', must be 'focal' or 'softmax'"):
-        matching_cost(*random_case(1, [1], 2, 2, device), class_cost="l2")
+    with pytest.raises(ValueError, match="class_cost_form is 'l2', must be 'focal' or 'softmax'"):
+        matching_cost(*random_case(1, [1], 2, 2, device), class_cost_form="l2")
 
 
 @pytest.mark.gpu
@@ -267,7 +267,7 @@ def test_unknown_label_on_the_device_gives_nan(device: torch.device) -> None:
 
 def test_operator(backend: str, device: torch.device) -> None:
     weights = (2.0, 5.0, 2.0, 0.25, 2.0)
-    arguments = (*random_case(1, [2, 1], 3, 3, device), *weights, "focal", backend)
+    arguments = (*random_case(1, [2, 1], 3, 3, device), *weights, "focal")
     torch.library.opcheck(torch.ops.solq.matching_cost, arguments)
 
 
