@@ -1,11 +1,11 @@
-"""The mask codec: encode, decode, crop + encode, decode + paste, decode + run lengths, for N = 128 and n = 256.
+"""Time the mask codec: encode, decode, crop + encode, decode + paste, decode + run lengths; N = 128 and n = 256.
 
 Contenders: this project; its definitions in PyTorch, eager and compiled; the whole spectrum by FFT (torch-dct where it
 is installed, else the same algorithm here); OpenCV's cv2.dct or cv2.idct mask by mask, with the copies to and from the
 host; for crops torchvision's RoIAlign, for pastes grid_sample over whole images, as Detectron2 does; for run lengths
 pycocotools on pasted images, copied to the host.
-`extra_info` has the bytes that must be moved (each input read once, each output written once), GB/s, and the share of
-the bandwidth of a large copy measured in the same process.
+`extra_info` has the bytes that must be moved (each input read once, each output written once), GB/s, and its share of
+the bandwidth of a large copy in the same process.
 """
 
 import functools
@@ -24,6 +24,7 @@ from torchvision.ops import roi_align
 
 from solq.detections import encode_runs
 from solq.kernels import (
+    binarize,
     crop_dct_encode,
     dct_decode,
     dct_decode_binary,
@@ -35,6 +36,11 @@ from solq.kernels import (
 )
 from solq.kernels.runtime import Backend
 
+try:
+    import torch_dct
+except ImportError:
+    torch_dct = None
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND: Backend = "triton" if DEVICE.type == "cuda" else "reference"  # never the interpreter
 N, n = 128, 256
@@ -43,14 +49,14 @@ IMAGE_SIZE = (800, 1333) if DEVICE.type == "cuda" else (480, 640)
 
 
 def blobs(K: int, H: int, W: int) -> Tensor:
-    """Smooth masks (K, H, W) uint8."""
+    """Make smooth masks (K, H, W) uint8."""
     noise = torch.rand(min(K, 200), 1, 6, 6, generator=torch.Generator().manual_seed(0))
     masks = (F.interpolate(noise, (H, W), mode="bicubic")[:, 0] > 0.5).to(DEVICE, torch.uint8)
     return masks.repeat(math.ceil(K / len(masks)), 1, 1)[:K]
 
 
 def boxes_of(K: int, image_size: tuple[int, int] = IMAGE_SIZE) -> Tensor:
-    """Boxes (K, 4) in pixels, log-normal sizes as COCO's: the median has a fifth of the image's side."""
+    """Make boxes (K, 4) in pixels of log-normal sizes as in COCO: the median is a fifth of the image's side."""
     generator = torch.Generator().manual_seed(0)
     extent = torch.tensor(image_size).flip(0)
     size = (0.2 * torch.exp(0.8 * torch.randn(K, 2, generator=generator))).clamp(max=1) * extent
@@ -59,7 +65,7 @@ def boxes_of(K: int, image_size: tuple[int, int] = IMAGE_SIZE) -> Tensor:
 
 
 def fft_dct(values: Tensor) -> Tensor:
-    """Orthonormal DCT-II of the last axis by one FFT of the same length (Makhoul 1980), as torch-dct does it."""
+    """Compute the orthonormal DCT-II of the last axis by one FFT of that length (Makhoul 1980), as torch-dct does."""
     length = values.shape[-1]
     spectrum = torch.fft.fft(torch.cat([values[..., ::2], values[..., 1::2].flip(-1)], -1))
     angle = torch.arange(length, device=values.device) * (math.pi / (2 * length))
@@ -69,6 +75,7 @@ def fft_dct(values: Tensor) -> Tensor:
 
 
 def fft_idct(values: Tensor) -> Tensor:
+    """Invert `fft_dct`."""
     length = values.shape[-1]
     values = values * math.sqrt(2 * length)
     values[..., 0] *= math.sqrt(2)
@@ -82,7 +89,7 @@ def fft_idct(values: Tensor) -> Tensor:
 
 
 @functools.cache
-def places() -> tuple[Tensor, Tensor]:
+def zigzag_positions() -> tuple[Tensor, Tensor]:
     rows, columns = reference.zigzag(N, n)
     return rows.to(DEVICE), columns.to(DEVICE)
 
@@ -99,19 +106,15 @@ compiled = torch.compile(eager, dynamic=False)
 
 
 def full_fft(masks: Tensor) -> Tensor:
-    rows, columns = places()
-    try:
-        import torch_dct
-    except ImportError:
-        spectra = fft_dct(fft_dct(masks.float()).mT).mT
-    else:
-        spectra = torch_dct.dct_2d(masks.float(), norm="ortho")
+    rows, columns = zigzag_positions()
+    masks = masks.float()
+    spectra = torch_dct.dct_2d(masks, norm="ortho") if torch_dct else fft_dct(fft_dct(masks).mT).mT
     return spectra[:, rows, columns]
 
 
 def opencv_loop(masks: Tensor) -> Tensor:
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
-    rows, columns = (index.cpu().numpy() for index in places())
+    rows, columns = (index.cpu().numpy() for index in zigzag_positions())
     return torch.stack([
         torch.from_numpy(cv2.dct(mask.cpu().numpy().astype("float32"))[rows, columns]).to(masks.device)
         for mask in masks
@@ -130,19 +133,15 @@ compiled_decode = torch.compile(eager_decode, dynamic=False)
 
 
 def full_fft_decode(vectors: Tensor) -> Tensor:
-    rows, columns = places()
+    rows, columns = zigzag_positions()
     spectra = vectors.new_zeros(len(vectors), N, N)
     spectra[:, rows, columns] = vectors
-    try:
-        import torch_dct
-    except ImportError:
-        return fft_idct(fft_idct(spectra).mT).mT
-    return torch_dct.idct_2d(spectra, norm="ortho")
+    return torch_dct.idct_2d(spectra, norm="ortho") if torch_dct else fft_idct(fft_idct(spectra).mT).mT
 
 
 def opencv_loop_decode(vectors: Tensor) -> Tensor:
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
-    rows, columns = (index.cpu().numpy() for index in places())
+    rows, columns = (index.cpu().numpy() for index in zigzag_positions())
     masks = []
     for vector in vectors:
         spectrum = torch.zeros(N, N).numpy()
@@ -160,7 +159,7 @@ def eager_paste(vectors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def grid_sample_paste(vectors: Tensor, boxes: Tensor) -> Tensor:
-    masks = reference.binarize(eager_decode(vectors)).float()
+    masks = binarize(eager_decode(vectors)).float()
     H, W = IMAGE_SIZE
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     y = (torch.arange(H, device=DEVICE) + 0.5 - y0) / (y1 - y0) * 2 - 1
@@ -190,7 +189,7 @@ def roi_align_crop(masks: Tensor, boxes: Tensor) -> Tensor:
 
 
 def seconds(call: Callable[[], object], rounds: int = 7) -> float:
-    """Median time of one call; on a GPU that of the device, with a cold cache."""
+    """Measure the median time of one call; on a GPU that of the device, with a cold cache."""
     if DEVICE.type == "cuda":
         from triton.testing import do_bench
 
@@ -203,16 +202,18 @@ def seconds(call: Callable[[], object], rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-@functools.cache
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written per second by a large copy."""
-    source = torch.ones(2**30 if DEVICE.type == "cuda" else 2**27, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+Run = Callable[..., None]
 
 
-def run(benchmark, call: Callable[[], Tensor], expected: Tensor, moved: int, wrong: float) -> None:
-    """Time `call`, after looking that at most the share `wrong` of its results differs from `expected`."""
+@pytest.fixture
+def run(benchmark, copy_bandwidth: float) -> Run:
+    return functools.partial(time_call, benchmark, copy_bandwidth)
+
+
+def time_call(
+    benchmark, copy_bandwidth: float, call: Callable[[], Tensor], expected: Tensor, moved: int, wrong: float
+) -> None:
+    """Time `call` after a check that at most the share `wrong` of its results differs from `expected`."""
 
     def timed() -> Tensor:
         result = call()
@@ -229,17 +230,17 @@ def run(benchmark, call: Callable[[], Tensor], expected: Tensor, moved: int, wro
         benchmark.extra_info |= {
             "bytes": moved,
             "GB/s": moved / device_time / 1e9,
-            "share_of_copy": moved / device_time / copy_bandwidth(),
+            "share_of_copy": moved / device_time / copy_bandwidth,
         }
         benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("contender", [ours, eager, pytest.param(compiled, id="compiled"), full_fft, opencv_loop])
 @pytest.mark.parametrize("K", COUNTS)
-def test_encode(benchmark, K: int, contender: Callable[[Tensor], Tensor]) -> None:
+def test_encode(benchmark, run: Run, K: int, contender: Callable[[Tensor], Tensor]) -> None:
     benchmark.group = f"encode {K} masks"
     masks = blobs(K, N, N)
-    run(benchmark, lambda: contender(masks), eager(masks), K * (N * N + 4 * n), wrong=0)
+    run(lambda: contender(masks), eager(masks), K * (N * N + 4 * n), wrong=0)
 
 
 @pytest.mark.parametrize(
@@ -253,30 +254,30 @@ def test_encode(benchmark, K: int, contender: Callable[[Tensor], Tensor]) -> Non
     ],
 )
 @pytest.mark.parametrize("K", COUNTS)
-def test_decode(benchmark, K: int, contender: Callable[[Tensor], Tensor]) -> None:
+def test_decode(benchmark, run: Run, K: int, contender: Callable[[Tensor], Tensor]) -> None:
     benchmark.group = f"decode {K} vectors"
     vectors = eager(blobs(K, N, N))
-    run(benchmark, lambda: contender(vectors), eager_decode(vectors), K * 4 * (n + N * N), wrong=0)
+    run(lambda: contender(vectors), eager_decode(vectors), K * 4 * (n + N * N), wrong=0)
 
 
 @pytest.mark.parametrize("contender", [ours_crop, roi_align_crop])
 @pytest.mark.parametrize("K", COUNTS[:2])
-def test_crop_encode(benchmark, K: int, contender: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_crop_encode(benchmark, run: Run, K: int, contender: Callable[[Tensor, Tensor], Tensor]) -> None:
     benchmark.group = f"crop and encode {K} masks of {IMAGE_SIZE[0]} × {IMAGE_SIZE[1]}"
     masks, boxes = blobs(K, *IMAGE_SIZE), boxes_of(K)
     area = int((boxes[:, 2:] - boxes[:, :2]).prod(1).sum())
     # A pixel whose average is 0.5 may fall on either side, and changes all coefficients of its mask.
-    run(benchmark, lambda: contender(masks, boxes), roi_align_crop(masks, boxes), area + 4 * K * (n + 4), wrong=0.5)
+    run(lambda: contender(masks, boxes), roi_align_crop(masks, boxes), area + 4 * K * (n + 4), wrong=0.5)
 
 
 @pytest.mark.parametrize("contender", [ours_paste, eager_paste, grid_sample_paste])
 @pytest.mark.parametrize("K", COUNTS[:2])
-def test_decode_paste(benchmark, K: int, contender: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_decode_paste(benchmark, run: Run, K: int, contender: Callable[[Tensor, Tensor], Tensor]) -> None:
     benchmark.group = f"decode and paste {K} masks into {IMAGE_SIZE[0]} × {IMAGE_SIZE[1]}"
     vectors, boxes = eager(blobs(K, N, N)), boxes_of(K)
     moved = K * (4 * (n + 4) + IMAGE_SIZE[0] * IMAGE_SIZE[1])
     expected = grid_sample_paste(vectors, boxes)
-    run(benchmark, lambda: contender(vectors, boxes), expected, moved, wrong=1e-4)
+    run(lambda: contender(vectors, boxes), expected, moved, wrong=1e-4)
 
 
 @pytest.mark.parametrize("contender", [ours_runs, pycocotools_runs])

@@ -1,4 +1,4 @@
-"""Matching of six decoder layers: the cost alone, the assignment alone, both.
+"""Time the matching of six decoder layers: the cost alone, the assignment alone, both.
 
 Contenders: this project; DETR's formulation (the cost of all B·Q × T pairs, layer by layer, `.cpu()`, SciPy per image);
 the same with only the blocks of one image copied; torch-linear-assignment where it is installed.
@@ -32,7 +32,7 @@ Matches = list[list[tuple[Tensor, Tensor]]]
 
 
 class Batch(NamedTuple):
-    """The arguments of `HungarianMatcher.match`, and what DETR's formulation takes besides."""
+    """The arguments of `HungarianMatcher.match`, and the targets per image for DETR's formulation."""
 
     logits: Tensor
     boxes: Tensor
@@ -43,7 +43,10 @@ class Batch(NamedTuple):
 
 
 def make_batch(images: int, crowded: bool) -> Batch:
-    """Random predictions; 150 targets per image, or log-normal with COCO's mean (7.3) and largest number (93)."""
+    """Make random predictions and targets.
+
+    An image has 150 targets if `crowded`, else a log-normal number of COCO's mean (7.3) and largest number (93).
+    """
     generator = torch.Generator().manual_seed(images)
     drawn = torch.exp(1.5 + torch.randn(images, generator=generator)).round().clamp(max=93)
     sizes = [150] * images if crowded else drawn.int().tolist()
@@ -59,15 +62,15 @@ def make_batch(images: int, crowded: bool) -> Batch:
 
 
 def detr_cost(batch: Batch, layer: int) -> Tensor:
-    """Deformable DETR's cost (B·Q, T) of one layer, with all pairs of the batch."""
+    """Compute Deformable DETR's cost (B·Q, T) of one layer, with all pairs of the batch."""
     probability = batch.logits[layer].flatten(0, 1).sigmoid()
     boxes = batch.boxes[layer].flatten(0, 1)
     negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
     positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
-    class_cost = positive[:, batch.target_labels] - negative[:, batch.target_labels]
+    focal = positive[:, batch.target_labels] - negative[:, batch.target_labels]
     l1 = torch.cdist(boxes, batch.target_boxes, p=1)
     giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(batch.target_boxes, "cxcywh", "xyxy"))
-    return 2 * class_cost + 5 * l1 - 2 * giou
+    return 2 * focal + 5 * l1 - 2 * giou
 
 
 def our_cost(batch: Batch) -> Tensor:
@@ -88,7 +91,7 @@ def scipy_on_host(batch: Batch, cost: Tensor) -> Tensor:
 
 
 def scipy_per_layer(batch: Batch, costs: list[Tensor]) -> Matches:
-    """DETR's assignment: the whole matrix of a layer goes to the host."""
+    """Assign as DETR does: copy the whole matrix of a layer to the host, and solve image by image."""
     images = len(batch.sizes)
     return [
         [
@@ -100,7 +103,7 @@ def scipy_per_layer(batch: Batch, costs: list[Tensor]) -> Matches:
 
 
 def scipy_of_blocks(batch: Batch, costs: list[Tensor]) -> Matches:
-    """The same with one copy per layer of the blocks of one image."""
+    """Assign likewise, but copy only the pairs of the same image, once per layer."""
     images = len(batch.sizes)
     matches = []
     for cost in costs:
@@ -117,7 +120,7 @@ def scipy_of_blocks(batch: Batch, costs: list[Tensor]) -> Matches:
 
 
 def torch_linear_assignment(batch: Batch, costs: list[Tensor]) -> list[Tensor]:
-    """One padded batch per layer of https://github.com/ivan-chai/torch-linear-assignment."""
+    """Assign one padded batch per layer with https://github.com/ivan-chai/torch-linear-assignment."""
     solver = pytest.importorskip("torch_linear_assignment", reason="torch-linear-assignment is not installed")
     images, most = len(batch.sizes), max(batch.sizes)
     solved = []
@@ -157,7 +160,7 @@ def run(benchmark, call: Callable[[], object]) -> None:
         timed()  # compiles
         start = time.perf_counter()
         timed()
-        rounds = int(0.3 / (time.perf_counter() - start))  # so many seconds, but no less than 3 rounds
+        rounds = int(0.3 / (time.perf_counter() - start))  # in 0.3 seconds, but no less than 3
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -212,7 +215,7 @@ def test_matching(benchmark, images: int, crowded: bool, contender: Callable[[Ba
 
 
 def contested(cost: Tensor) -> Tensor:
-    """All targets want the same queries: as many steps as an assignment can take."""
+    """Make all targets want the same queries, so that the assignment takes as many steps as it can."""
     return cost * 1e-3 + torch.arange(cost.shape[-1], device=cost.device)
 
 

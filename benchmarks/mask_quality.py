@@ -1,10 +1,10 @@
-"""What a mask keeps through encode and decode: `python -m benchmarks.mask_quality COCO_FOLDER`.
+"""Measure the quality of decoded masks: `python -m benchmarks.mask_quality COCO_FOLDER`.
 
 Every instance of the validation split is cropped from the full-size mask by its box, encoded, decoded, and pasted back;
 the IoU with the full-size mask is averaged, by number of coefficients n, side N of the crops, size of the object
-(COCO's areas: below 32², below 96² pixels, larger), and coding: what a perfect prediction of the vectors would reach
-(paper, Tables 3a, 3d and 3e). PCA and sparse coding are fitted to the training split's masks. Prints Markdown tables;
-draws a chart and a grid of masks: black is kept, red is lost, blue is added.
+(COCO's areas: below 32², below 96² pixels, larger), and coding. This is the IoU that a perfect prediction of the
+vectors would reach (paper, Tables 3a, 3d and 3e). PCA and sparse coding are fitted to the training split's masks. The
+program prints Markdown tables, and draws a chart and a grid of masks: black is kept, red is lost, blue is added.
 """
 
 import argparse
@@ -27,7 +27,7 @@ COEFFICIENTS = (64, 100, 144, 196, 256, 324, 400)
 SIZES = (64, 128, 256)
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 
-Decode = Callable[[Tensor], Tensor]  # crops (K, N, N) bool, to what is left of them
+RoundTrip = Callable[[Tensor], Tensor]  # crops (K, N, N) bool to crops that were encoded and decoded
 
 
 class Instances(NamedTuple):
@@ -55,22 +55,23 @@ def crops_of(images: list[Instances], size: int) -> list[Tensor]:
     return [crop_masks(image.masks, image.boxes, size) for image in images]
 
 
-def ious(images: list[Instances], crops: list[Tensor], decode: Decode) -> Tensor:
-    """IoU (K,) of each full-size mask with its crop after `decode`, pasted back."""
+def ious(images: list[Instances], crops: list[Tensor], round_trip: RoundTrip) -> Tensor:
+    """Compute the IoU (K,) of each full-size mask with its crop after `round_trip`, pasted back."""
     result = []
     for image, cropped in zip(images, crops, strict=True):
-        pasted = paste_masks(decode(cropped), image.boxes, tuple(image.masks.shape[1:]))
+        pasted = paste_masks(round_trip(cropped), image.boxes, tuple(image.masks.shape[1:]))
         overlap, union = (pasted & image.masks).sum((1, 2)), (pasted | image.masks).sum((1, 2))
         result.append(overlap / union)
     return torch.cat(result)
 
 
 def dct(crops: Tensor, n: int) -> Tensor:
+    """Encode crops by n DCT coefficients and decode them."""
     return dct_decode_binary(dct_encode(crops, n), crops.shape[-1])
 
 
 def fitted(coding: PCACoding | SparseCoding, crops: Tensor, n: int | None = None) -> Tensor:
-    """Through the first n components of a PCA, or all of a coding."""
+    """Encode crops by the first n components of a fitted coding, or by all, and decode them."""
     vectors = coding.encode(crops)
     if n is not None:
         vectors = vectors.clone()
@@ -115,10 +116,10 @@ def draw_chart(
 def draw_grid(
     images: list[Instances], path: Path, rows: int = 6, shown: tuple[int, ...] = (16, 64, 144, 256, 400)
 ) -> None:
-    """The most intricate large objects of as many images: the mask, and what n coefficients keep of it."""
+    """Draw intricate large objects, one per image and row: the mask, and its copies from n coefficients."""
 
     def intricacy(image: Instances, index: int) -> float:
-        """Border length over the square root of the area, of masks that are large enough to look at."""
+        """Compute border length over the square root of the area; 0 for objects that are not large."""
         mask = image.masks[index]
         area = mask.sum().item()
         border = (mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum()

@@ -29,20 +29,8 @@ from .checks import (
     check_size,
     check_square,
 )
-from .dct import binarize
-from .runs import mask_runs
-
-__all__ = [
-    "binarize",
-    "crop_dct_encode",
-    "dct_decode",
-    "dct_decode_binary",
-    "dct_decode_paste",
-    "dct_encode",
-    "mask_runs",
-    "paste_masks",
-    "paste_runs",
-]
+from .dct import binarize as binarize
+from .runs import mask_runs as mask_runs
 
 
 def dct_encode(masks: Tensor, num_coefficients: int = 256) -> Tensor:
@@ -81,7 +69,7 @@ def dct_decode(coefficients: Tensor, size: int = 128) -> Tensor:
     check_coefficients(coefficients, size)
     if backend_for(coefficients) == "triton" or torch.is_autocast_enabled(coefficients.device.type):
         return operators.dct_decode(coefficients, size)
-    return dct.dct_decode(coefficients, size)  # two products: an exported model then needs no operator of ours
+    return dct.dct_decode(coefficients, size)  # two products: an exported model needs no operator
 
 
 def dct_decode_binary(coefficients: Tensor, size: int = 128) -> Tensor:

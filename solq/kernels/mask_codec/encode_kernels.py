@@ -73,7 +73,7 @@ def encode_kernel(
     BLOCK_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Encode masks of N × N pixels; a program computes one block of the spectrum for every so many masks."""
+    """Encode masks of N × N pixels; a program computes the same block of the spectra of several masks."""
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     for number in range(tl.program_id(0), num_masks, tl.num_programs(0)):

@@ -17,7 +17,7 @@ from .paste_kernel import paste_kernel
 
 # AMD's matrix cores multiply float32; on NVIDIA three TF32 products make one of float32.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
-# Two encoding programs fill a multiprocessor's registers; NVIDIA's assembler spills rather than uses so many unasked.
+# Two encoding programs fill a multiprocessor's registers. Unless told to use them, NVIDIA's assembler spills.
 ENCODE_REGISTERS = {"maxnreg": 255}
 
 DECODE_PIXELS, BINARY_PIXELS = 8192, 16384  # pixels of a tile; a binary mask of 128 × 128 is one tile: decoded once
@@ -56,7 +56,7 @@ def crop_blocks(size: int, num_coefficients: int) -> dict[str, int]:
 
 
 def decode_blocks(size: int, num_coefficients: int, pixels: int) -> dict[str, int]:
-    """Return blocks and warps of the decoding kernels, for tiles of so many pixels over all rows of a mask."""
+    """Return blocks and warps of the decoding kernels, for tiles of `pixels` pixels that span all rows of a mask."""
     corner = _corner_side(size, num_coefficients)
     side = triton.next_power_of_2(size)
     return {

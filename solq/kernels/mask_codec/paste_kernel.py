@@ -26,7 +26,7 @@ def paste_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Paste one mask: each of its programs takes every so many tiles of its box."""
+    """Paste one mask; several programs share the tiles of its box."""
     number = tl.program_id(0).to(tl.int64)
     x0, y0, x1, y1 = load_box(boxes_ptr, number)
     valid = (x1 > x0) & (y1 > y0) & ((x1 - x0) * 0 + (y1 - y0) * 0 == 0)

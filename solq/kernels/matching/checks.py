@@ -40,7 +40,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_offsets(target_offsets: Tensor, num_targets: int) -> None:
-    """Raise unless `target_offsets` has the shape and dtype of offsets of so many targets."""
+    """Raise unless `target_offsets` has the shape and dtype of offsets of `num_targets` targets."""
     if (
         target_offsets.ndim != 1
         or target_offsets.shape[0] == 0

@@ -17,6 +17,7 @@ from solq.kernels import (
     dct_decode_binary,
     dct_decode_paste,
     dct_encode,
+    mask_runs,
     paste_masks,
     paste_runs,
     reference,
@@ -86,7 +87,7 @@ def grid_sample_paste(masks: Tensor, boxes: Tensor, H: int, W: int) -> Tensor:
 
 @pytest.mark.parametrize("N", [2, 16, 48, 128])
 def test_zigzag_is_that_of_jpeg(N: int) -> None:
-    assert reference.zigzag(N, N * N).T.tolist() == [list(place) for place in jpeg_zigzag(N)]
+    assert reference.zigzag(N, N * N).T.tolist() == [list(position) for position in jpeg_zigzag(N)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64, torch.bfloat16])
@@ -167,6 +168,14 @@ def test_gradients(backend: str, device: torch.device) -> None:
     # twice, as a gradient penalty does
     (grad,) = torch.autograd.grad(dct_decode(vectors, 16).square().sum(), vectors, create_graph=True)
     grad.sum().backward()
+
+
+def test_gradients_of_no_masks(backend: str, device: torch.device) -> None:
+    masks = torch.zeros(0, 16, 16, device=device, requires_grad=True)
+    vectors = torch.zeros(0, 40, device=device, requires_grad=True)
+    (dct_encode(masks, 40).sum() + dct_decode(vectors, 16).sum()).backward()
+    assert masks.grad.shape == (0, 16, 16)
+    assert vectors.grad.shape == (0, 40)
 
 
 def test_layouts_and_counts(backend: str, device: torch.device) -> None:
@@ -292,12 +301,15 @@ def test_runs_are_those_of_pycocotools(H: int, W: int, backend: str, device: tor
     masks[12] = False
     masks, boxes = masks.to(device), boxes.to(device)
     pasted = paste_masks(masks, boxes, (H, W)).cpu().numpy()
-    places, counts = paste_runs(masks, boxes, (H, W))
-    assert places.dtype == counts.dtype == torch.int64
+    positions, counts = paste_runs(masks, boxes, (H, W))
+    assert positions.dtype == counts.dtype == torch.int64
     expected = coco_mask.encode(np.asfortranarray(pasted.transpose(1, 2, 0).astype(np.uint8)))
-    for of_mask, rle in zip(places.cpu().split(counts.tolist()), expected, strict=True):
+    for of_mask, rle in zip(positions.cpu().split(counts.tolist()), expected, strict=True):
         lengths = np.diff(of_mask.numpy(), prepend=0, append=H * W)
         assert coco_mask.frPyObjects({"size": [H, W], "counts": lengths}, H, W) == rle
+    of_images = mask_runs(paste_masks(masks, boxes, (H, W)))
+    assert torch.equal(of_images[0], positions)
+    assert torch.equal(of_images[1], counts)
     none = paste_runs(masks[:0], boxes[:0], (H, W))
     assert [part.tolist() for part in none] == [[], []]
 

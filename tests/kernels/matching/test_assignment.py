@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from solq.kernels import linear_assignment, use_backend
+from solq.kernels import linear_assignment, reference, use_backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LARGE = DEVICE.type == "cuda"  # the interpreter takes milliseconds for a step
@@ -91,6 +91,7 @@ def test_same_indices_as_scipy(sizes: list[int], scale: float) -> None:
     check(cost, sizes, assignment)
     with use_backend("reference"):
         assert torch.equal(assignment, linear_assignment(cost, offsets_of(sizes)))
+    assert torch.equal(assignment, reference.linear_assignment(cost, offsets_of(sizes)))
 
 
 @pytest.mark.parametrize(

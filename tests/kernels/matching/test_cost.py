@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-from solq.kernels import matching_cost, use_backend
+from solq.kernels import matching_cost, reference, use_backend
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 centres = st.integers(0, 50).map(lambda fiftieths: fiftieths / 50)  # closer ones differ by roundings of float32
@@ -123,6 +123,23 @@ def test_weights(backend: str, device: torch.device) -> None:
         return matching_cost(*case, cost_class=cost_class, cost_bbox=cost_bbox, cost_giou=cost_giou)
 
     torch.testing.assert_close(cost(3, 0.5, 7), 3 * cost(1, 0, 0) + 0.5 * cost(0, 1, 0) + 7 * cost(0, 0, 1))
+
+
+def test_reference_has_the_same_keywords_and_defaults(device: torch.device) -> None:
+    case = random_case(2, [2, 3], 4, 3, device)
+    options = {
+        "cost_class": 3,
+        "cost_bbox": 0.5,
+        "cost_giou": 7,
+        "alpha": 0.4,
+        "gamma": 1.5,
+        "class_cost_form": "softmax",
+    }
+    with use_backend("reference"):
+        for chosen in ({}, options, {"alpha": 0.4, "gamma": 1.5}):
+            assert torch.equal(reference.matching_cost(*case, **chosen), matching_cost(*case, **chosen))
+    with pytest.raises(TypeError, match="cost_classes"):
+        reference.matching_cost(*case, cost_classes=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
