@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from solq.kernels.reference import mask_runs
+from solq.kernels import mask_runs
 
 
 @dataclass

@@ -14,8 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from solq.kernels import dct_decode, dct_decode_binary, dct_decode_paste, dct_encode, paste_masks, paste_runs
-from solq.kernels.reference import binarize
+from solq.kernels import (
+    binarize,
+    dct_decode,
+    dct_decode_binary,
+    dct_decode_paste,
+    dct_encode,
+    paste_masks,
+    paste_runs,
+)
 
 MaskCodingName = Literal["dct", "pca", "sparse", "flat"]
 
