@@ -25,20 +25,27 @@ def detection_losses(
         normalizer: () float32, what the sums are divided by.
     """
     matched = matches.queries >= 0
-    layers = torch.arange(len(logits), device=logits.device)[:, None]
-    # Sum the background loss over all logits; for matched ones, replace it by the positive loss.
-    positive = logits[layers, matches.images, matches.queries.clamp(min=0), labels]
-    replaced = (_focal_loss(positive, is_object=True) - _focal_loss(positive, is_object=False)) * matched
-    loss_ce = _focal_loss(logits, is_object=False).sum((1, 2, 3)) + replaced.sum(1)
-
     matched_boxes = matches.select(boxes)
     l1 = (matched_boxes - targets.boxes).abs().sum(-1)
     giou_loss = 1 - generalized_iou(_corners(matched_boxes), _corners(targets.boxes))
     return {
-        "loss_ce": loss_ce / normalizer,
+        "loss_ce": classification_loss(logits, labels, matches) / normalizer,
         "loss_bbox": (l1 * matched).sum(1) / normalizer,
         "loss_giou": (giou_loss * matched).sum(1) / normalizer,
     }
+
+
+def classification_loss(logits: Tensor, labels: Tensor, matches: Matches) -> Tensor:
+    """Sum the focal loss (L,) over all logits (L, B, Q, C): label (T,) for a target's query, else no class.
+
+    Source: Focal Loss for Dense Object Detection (Lin et al., ICCV 2017).
+    """
+    matched = matches.queries >= 0
+    layers = torch.arange(len(logits), device=logits.device)[:, None]
+    # Sum the background loss over all logits; for matched ones, replace it by the positive loss.
+    positive = logits[layers, matches.images, matches.queries.clamp(min=0), labels]
+    replaced = (_focal_loss(positive, is_object=True) - _focal_loss(positive, is_object=False)) * matched
+    return _focal_loss(logits, is_object=False).sum((1, 2, 3)) + replaced.sum(1)
 
 
 def _focal_loss(logits: Tensor, *, is_object: bool) -> Tensor:
