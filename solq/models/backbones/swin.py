@@ -1,4 +1,4 @@
-"""The Swin backbone: an image to its C3, C4 and C5 features."""
+"""The Swin backbone: an image to its features C2 or C3 to C5."""
 
 import timm
 import torch
@@ -65,10 +65,14 @@ def _split(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
 class SwinBackbone(nn.Module):
     """A timm Swin transformer for images of any size, with a layer norm on each level that is handed on."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, first_level: int = 3) -> None:
         super().__init__()
         self.body = timm.create_model(
-            TIMM_NAMES[name], features_only=True, out_indices=(1, 2, 3), strict_img_size=False, always_partition=True
+            TIMM_NAMES[name],
+            features_only=True,
+            out_indices=tuple(range(first_level - 2, 4)),
+            strict_img_size=False,
+            always_partition=True,
         )
         for module in self.body.modules():
             if isinstance(module, SwinTransformerBlock):

@@ -64,6 +64,47 @@ def test_what_is_trained() -> None:
     assert any(isinstance(module, nn.GroupNorm) for module in grouped.modules())
 
 
+def test_running_batch_norm_is_fixed_but_for_its_trained_affine_map() -> None:
+    """Training computes what evaluation does, changes no statistics, and gives gradients from the second stage on."""
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet18", "running").train()
+    norm = backbone.body.layer2[0].bn1
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    images, before = torch.randn(2, 3, 64, 64), {k: v.clone() for k, v in backbone.named_buffers()}
+    maps = backbone(images)
+    sum(x.square().mean() for x in maps).backward()
+    torch.testing.assert_close(maps, backbone.eval()(images), atol=0, rtol=0)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.named_buffers())
+    trained = {name.split(".")[1] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"}
+    assert norm.weight.grad.abs().sum() > 0
+    assert norm.bias.grad.abs().sum() > 0
+    x = torch.randn(2, 128, 3, 3)
+    mean, variance = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+    torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", [64, 128, 256, 512]), ("swin-t", [96, 192, 384, 768])])
+@torch.no_grad()
+def test_levels_from_the_second_on(name: str, channels: list[int]) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(name, "frozen", first_level=2).eval()
+    assert backbone.num_channels == channels
+    images = torch.randn(1, 3, 64, 96)
+    maps = backbone(images)
+    assert [tuple(x.shape) for x in maps] == [
+        (1, c, 64 // s, 96 // s) for c, s in zip(channels, (4, 8, 16, 32), strict=True)
+    ]
+    finer = build_backbone(name, "frozen").eval()
+    state = backbone.state_dict()
+    for level in range(3 if name == "swin-t" else 0):  # its norms are numbered by level
+        for entry in ("weight", "bias"):
+            state[f"norms.{level}.{entry}"] = state[f"norms.{level + 1}.{entry}"]
+    finer.load_state_dict({key: state[key] for key in finer.state_dict()})
+    torch.testing.assert_close(finer(images), maps[1:])
+
+
 @pytest.fixture(scope="module")
 def swin() -> nn.Module:
     torch.manual_seed(0)
