@@ -1,9 +1,11 @@
 """Bipartite matching of queries and targets (DETR, https://arxiv.org/abs/2005.12872, section 3.1)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from solq.kernels import linear_assignment, matching_cost
 from solq.kernels.matching import ClassCostForm
@@ -18,6 +20,7 @@ class HungarianMatcher(nn.Module):
         cost_class: weight of the class cost.
         cost_bbox: weight of the L1 distance of the boxes.
         cost_giou: weight of the negative generalised IoU of the boxes.
+        box_l1: whether boxes are compared by ``"center"`` and sides (DETR) or by their ``"corners"`` (Sparse R-CNN).
         class_cost_form: ``"focal"`` (Deformable DETR) or ``"softmax"`` (DETR's original).
         alpha, gamma: parameters of the focal class cost.
 
@@ -34,6 +37,7 @@ class HungarianMatcher(nn.Module):
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         *,
+        box_l1: Literal["center", "corners"] = "center",
         class_cost_form: ClassCostForm = "focal",
         alpha: float = 0.25,
         gamma: float = 2.0,
@@ -42,6 +46,7 @@ class HungarianMatcher(nn.Module):
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("cost_class, cost_bbox and cost_giou are all 0: at least one must not be")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.box_l1 = box_l1
         self.class_cost_form: ClassCostForm = class_cost_form
         self.alpha, self.gamma = alpha, gamma
         self.register_buffer("non_finite_costs", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -63,19 +68,29 @@ class HungarianMatcher(nn.Module):
         Raises:
             ValueError: as `solq.kernels.matching_cost` does.
         """
-        cost = matching_cost(
-            logits,
-            boxes,
-            target_labels,
-            target_boxes,
-            target_offsets,
-            cost_class=self.cost_class,
-            cost_bbox=self.cost_bbox,
-            cost_giou=self.cost_giou,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            class_cost_form=self.class_cost_form,
-        )
+
+        def cost_of(
+            boxes: Tensor, target_boxes: Tensor, cost_class: float, cost_bbox: float, cost_giou: float
+        ) -> Tensor:
+            return matching_cost(
+                logits,
+                boxes,
+                target_labels,
+                target_boxes,
+                target_offsets,
+                cost_class=cost_class,
+                cost_bbox=cost_bbox,
+                cost_giou=cost_giou,
+                alpha=self.alpha,
+                gamma=self.gamma,
+                class_cost_form=self.class_cost_form,
+            )
+
+        if self.box_l1 == "center":
+            cost = cost_of(boxes, target_boxes, self.cost_class, self.cost_bbox, self.cost_giou)
+        else:
+            cost = cost_of(boxes, target_boxes, self.cost_class, 0.0, self.cost_giou)
+            cost += cost_of(_corners(boxes), _corners(target_boxes), 0.0, self.cost_bbox, 0.0)
         queries, non_finite = linear_assignment(cost, target_offsets, return_non_finite=True)
         if self.non_finite_costs.device != cost.device:  # DETR's matcher needs no moving, so neither does this one
             self.non_finite_costs = self.non_finite_costs.to(cost.device, non_blocking=True)
@@ -122,3 +137,8 @@ class HungarianMatcher(nn.Module):
             order = of_image.where(of_image >= 0, Q).argsort()[: min(Q, size)]
             matches.append((of_image[order], order))
         return matches
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """Convert boxes (…, 4) from cx cy w h to x0 y0 x1 y1."""
+    return box_convert(boxes.flatten(0, -2), "cxcywh", "xyxy").view(boxes.shape)

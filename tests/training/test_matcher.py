@@ -80,6 +80,27 @@ def test_same_as_detr(sizes: list[int], class_cost_form: str, device: torch.devi
         assert torch.equal(target.cpu(), expected_target)
 
 
+def test_boxes_compared_by_their_corners() -> None:
+    """The cost of Sparse R-CNN, pair by pair."""
+    logits, boxes, labels, target_boxes, offsets = random_layers(3, [4, 0, 9], 7, 5, torch.device("cpu"))
+    got = HungarianMatcher(box_l1="corners").match(logits, boxes, labels, target_boxes, offsets)
+    probability = logits.double().sigmoid()
+    image_of = torch.bucketize(torch.arange(13), offsets[1:], right=True)
+    for layer in range(3):
+        for image in (0, 2):
+            own = image_of == image
+            p = probability[layer, image][:, labels[own]]
+            cost = 2 * (-0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log())
+            a, b = (box_convert(x.double(), "cxcywh", "xyxy") for x in (boxes[layer, image], target_boxes[own]))
+            cost += 5 * torch.cdist(a, b, p=1) - 2 * generalized_box_iou(a, b)
+            queries, targets = linear_sum_assignment(cost)
+            expected = torch.full((int(own.sum()),), -1)
+            expected[torch.from_numpy(targets)] = torch.from_numpy(queries)
+            assert torch.equal(got[layer, own], expected)
+    by_center = HungarianMatcher().match(logits, boxes, labels, target_boxes, offsets)
+    assert not torch.equal(got, by_center)  # the choice matters for these boxes
+
+
 @pytest.mark.parametrize("sizes", [[3, 0, 9, 1], [0]])
 def test_triton_and_scipy_match_alike(sizes: list[int], device: torch.device) -> None:
     arguments = random_layers(2, sizes, 8, 5, device)
