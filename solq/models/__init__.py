@@ -38,6 +38,7 @@ class ModelFamily:
 
 MODELS = {
     "solq": ModelFamily("solq.models.solq", "SOLQConfig", "SOLQ"),
+    "queryinst": ModelFamily("solq.models.queryinst", "QueryInstConfig", "QueryInst"),
 }
 
 
