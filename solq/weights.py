@@ -64,6 +64,7 @@ def load(path: str | Path) -> InstanceSegmenter:
     * An official SOLQ checkpoint: ResNet-50 or 101 or a Swin transformer, one or two stages. The architecture follows
       from the names and sizes of its tensors. What they do not tell is taken from the settings in the file, where
       there are any, and else as published: 8 heads, masks coded at 128×128, 300 queries of a two-stage model.
+    * A published QueryInst checkpoint of mmdetection: ResNet-50 or 101, any number of queries and classes.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -156,6 +157,8 @@ def _entries(file: Any) -> dict[str, Any]:
     """What a model is made from, of the content of a checkpoint of `train.py` or of the official code."""
     if isinstance(file, Mapping) and "model" not in file and all(isinstance(value, Tensor) for value in file.values()):
         file = {"model": file}  # the bare weights
+    if isinstance(file, Mapping) and "model" not in file and "state_dict" in file:
+        file = {"model": file["state_dict"]}  # mmdetection's files
     weights = file.get("model") if isinstance(file, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError("it holds no weights of a model, so it is no checkpoint: use another file")
