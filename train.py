@@ -52,7 +52,7 @@ def train(config: TrainConfig, process: Process) -> None:
     steps = config.steps or max(1, round(config.epochs * sampler.steps_per_epoch / config.accumulate))
 
     model = build_model(config, data.train_set, device, state)
-    criterion = SetCriterion(HungarianMatcher(), model)
+    criterion = SetCriterion(HungarianMatcher(**model.matcher_settings), model)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     amp_dtype = mixed_precision(device) if config.amp else None
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)

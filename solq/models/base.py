@@ -224,6 +224,11 @@ class InstanceSegmenter(nn.Module, ABC):
         """
 
     @property
+    def matcher_settings(self) -> Mapping[str, Any]:
+        """The settings of :class:`solq.training.matcher.HungarianMatcher` that differ from its defaults; none here."""
+        return {}
+
+    @property
     @abstractmethod
     def loss_weights(self) -> Mapping[str, float]:
         """The weight of each loss in the total, by the names of :meth:`losses`."""

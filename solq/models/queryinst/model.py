@@ -73,7 +73,6 @@ class QueryInst(InstanceSegmenter):
 
     @property
     def matcher_settings(self) -> Mapping[str, Any]:
-        """The settings of :class:`solq.training.matcher.HungarianMatcher` that differ from its defaults."""
         return {"box_l1": "corners"}
 
     @property
