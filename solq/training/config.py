@@ -6,7 +6,18 @@ from typing import Any, Generic, Literal, TypeVar
 
 from solq.models.solq.config import SOLQConfig
 
-Preset = Literal["shapes", "r50", "r101", "swin-l"]
+Preset = Literal[
+    "shapes",
+    "r50",
+    "r101",
+    "swin-l",
+    "queryinst-shapes",
+    "queryinst-r50",
+    "queryinst-r50-3x",
+    "queryinst-r50-300",
+    "queryinst-r101",
+    "queryinst-r101-300",
+]
 
 Model = TypeVar("Model")
 
@@ -55,8 +66,10 @@ class TrainConfig(Generic[Model]):
     """Parts that a step's images are computed in: less memory, same gradients."""
     lr: float = 2e-4
     lr_backbone: float = 2e-5
-    lr_drop: float = 0.8
-    """Share of the run after which the learning rates fall to a tenth."""
+    lr_batch_size: int | None = None
+    """Batch size that the learning rates are meant for; with another one they change in proportion."""
+    lr_drop: tuple[float, ...] = (0.8,)
+    """Shares of the run after each of which the learning rates fall to a tenth."""
     warmup_steps: int = 0
     """Steps in which the learning rates rise from zero."""
     weight_decay: float = 1e-4
@@ -87,6 +100,8 @@ def check_settings(config: TrainConfig) -> None:
     for name in ("batch_size", "accumulate", "log_every", "save_every", "eval_scale", "max_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}, must be at least 1")
+    if config.lr_batch_size is not None and config.lr_batch_size < 1:
+        raise ValueError(f"lr_batch_size is {config.lr_batch_size}, must be at least 1")
     for name in ("workers", "warmup_steps", "eval_every", "seed"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}, must be at least 0")

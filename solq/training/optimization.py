@@ -13,21 +13,23 @@ from solq.training.config import TrainConfig
 def parameter_groups(model: InstanceSegmenter, config: TrainConfig) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups, each with its learning rate.
 
-    The rate of group `x` is the setting `lr_x` of the run or of the model; that of "others" is `lr`.
+    The rate of group `x` is the setting `lr_x` of the run or of the model; that of "others" is `lr`. All are scaled
+    from `lr_batch_size` to the batch size of the run.
     """
+    scale = config.batch_size / (config.lr_batch_size or config.batch_size)
     rates = {"others": config.lr, "backbone": config.lr_backbone}
     groups = []
     for name, parameters in model.learning_rate_groups().items():
-        rate = rates[name] if name in rates else getattr(config.model, f"lr_{name}")
+        rate = scale * (rates[name] if name in rates else getattr(config.model, f"lr_{name}"))
         if parameters:
             groups.append({"params": parameters, "base_lr": rate, "lr": rate, "weight_decay": config.weight_decay})
     return groups
 
 
 def lr_factor(step: int, config: TrainConfig, steps: int) -> float:
-    """Return the factor of all learning rates: a linear warm-up, then 1, then 0.1."""
+    """Return the factor of all learning rates: a linear warm-up, then 1, then a tenth of it after each drop."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    return warmup * (0.1 if step >= config.lr_drop * steps else 1.0)
+    return warmup * 0.1 ** sum(step >= share * steps for share in config.lr_drop)
 
 
 def mixed_precision(device: torch.device) -> torch.dtype:

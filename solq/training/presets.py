@@ -1,13 +1,14 @@
 """The presets of train.py by name."""
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 from solq.models.solq.config import SOLQConfig
 from solq.training.config import Preset, TrainConfig
+from solq.training.queryinst_presets import queryinst_preset
 
 
-def preset(name: Preset, *, cpu: bool) -> TrainConfig:
+def preset(name: Preset, *, cpu: bool) -> TrainConfig[Any]:
     """Return the settings called `name`, for a CPU or a GPU."""
     coco: TrainConfig[SOLQConfig] = TrainConfig(preset=name, batch_size=2 if cpu else 32, workers=1 if cpu else 4)
     match name:
@@ -57,4 +58,6 @@ def preset(name: Preset, *, cpu: bool) -> TrainConfig:
                 clip_norm=1.0,
                 ema_decay=0.99,
             )
+        case _ if name.startswith("queryinst"):
+            return queryinst_preset(name, cpu=cpu)
     raise ValueError(f"preset is {name!r}, must be one of {', '.join(get_args(Preset))}")

@@ -19,7 +19,7 @@ def test_defaults_are_the_published_model_and_recipe() -> None:
     assert (model.num_points, model.num_classes, model.vector_hidden) == (4, 91, 1024)
     config = TrainConfig()
     assert (config.lr, config.lr_backbone, model.lr_points, config.weight_decay) == (2e-4, 2e-5, 2e-5, 1e-4)
-    assert (config.epochs, config.lr_drop * config.epochs, config.batch_size, config.clip_norm) == (50, 40, 32, 0.1)
+    assert (config.epochs, config.lr_drop[0] * config.epochs, config.batch_size, config.clip_norm) == (50, 40, 32, 0.1)
     assert config.scales == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     assert (config.max_size, config.eval_scale, model.vector_loss_weight) == (1333, 800, 3.0)
 
@@ -39,8 +39,30 @@ def test_presets() -> None:
     swin = preset("swin-l", cpu=False)
     assert (swin.model.backbone, min(swin.scales), max(swin.scales), swin.max_size) == ("swin-l", 416, 1088, 1536)
     assert preset("shapes", cpu=True).backbone_weights == "none"
-    with pytest.raises(ValueError, match="preset is 'r18', must be one of shapes, r50, r101, swin-l"):
+    with pytest.raises(ValueError, match=r"preset is 'r18', must be one of shapes, r50, r101, swin-l"):
         preset("r18", cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "queries", "scales", "crop", "epochs", "drops"),
+    [
+        ("queryinst-r50", "resnet50", 100, (800, 800), False, 12, [8, 11]),
+        ("queryinst-r50-3x", "resnet50", 100, (480, 800), False, 36, [27, 33]),
+        ("queryinst-r50-300", "resnet50", 300, (480, 800), True, 36, [27, 33]),
+        ("queryinst-r101", "resnet101", 100, (480, 800), False, 36, [27, 33]),
+        ("queryinst-r101-300", "resnet101", 300, (480, 800), True, 36, [27, 33]),
+    ],
+)
+def test_rows_of_the_published_model_card(
+    name: Preset, backbone: str, queries: int, scales: tuple[int, int], crop: bool, epochs: int, drops: list[int]
+) -> None:
+    config = preset(name, cpu=False)
+    assert (config.model.backbone, config.model.num_queries, config.model.num_stages) == (backbone, queries, 6)
+    assert (config.scales[0], config.scales[-1]) == scales
+    assert (config.crop, config.epochs, config.max_size, config.eval_scale) == (crop, epochs, 1333, 800)
+    assert [round(share * epochs, 9) for share in config.lr_drop] == drops
+    assert (config.batch_size, config.lr, config.lr_backbone, config.weight_decay) == (16, 1e-4, 1e-5, 1e-4)
+    assert (config.warmup_steps, config.clip_norm, config.ema_decay) == (1000, 0.1, 0.0)
 
 
 # ---- the command line
