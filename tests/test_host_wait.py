@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from solq.data import shapes
 from solq.kernels.matching import ClassCostForm
+from solq.models.queryinst.config import QueryInstConfig
 from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
 from solq.training.config import TrainConfig
@@ -99,13 +100,21 @@ class Finished(Exception):
     """Raised after the steps to be watched."""
 
 
-def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], settings: dict[str, Any]) -> None:
-    small = SOLQConfig(
-        backbone="resnet10", backbone_norm="group", width=64, encoder_layers=1, decoder_layers=2, feedforward=64,
-        num_queries=10, num_coefficients=32, mask_size=32, vector_hidden=64,
-    )  # fmt: skip
-    config = TrainConfig(
-        model=replace(small, **model), data=data, output=output, scales=(64,), max_size=64, workers=0, batch_size=2,
+SMALL = SOLQConfig(
+    backbone="resnet10", backbone_norm="group", width=64, encoder_layers=1, decoder_layers=2, feedforward=64,
+    num_queries=10, num_coefficients=32, mask_size=32, vector_hidden=64,
+)  # fmt: skip
+QUERYINST = QueryInstConfig(
+    backbone="resnet10", backbone_norm="group", width=64, num_stages=2, feedforward=64, num_queries=10,
+    dynamic_width=16, mask_convs=1, mask_size=32,
+)  # fmt: skip
+
+
+def run(
+    main: ModuleType, data: Path, output: Path, model: SOLQConfig | QueryInstConfig, settings: dict[str, Any]
+) -> None:
+    config: TrainConfig[Any] = TrainConfig(
+        model=model, data=data, output=output, scales=(64,), max_size=64, workers=0, batch_size=2,
         backbone_weights="none", steps=100, log_every=100,
     )  # fmt: skip
     with pytest.raises(Finished):
@@ -115,19 +124,23 @@ def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], setti
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        pytest.param({}, {"ema_decay": 0.9}, id="average"),
-        pytest.param({"two_stage": True, "gradient_checkpointing": True}, {"amp": True}, id="two_stage"),
-        pytest.param({"mask_branch": "separate"}, {}, id="separate"),
+        pytest.param(SMALL, {"ema_decay": 0.9}, id="average"),
+        pytest.param(replace(SMALL, two_stage=True, gradient_checkpointing=True), {"amp": True}, id="two_stage"),
+        pytest.param(replace(SMALL, mask_branch="separate"), {}, id="separate"),
         pytest.param(
-            {"mask_coding": "flat", "num_coefficients": None, "mask_size": 16},
+            replace(SMALL, mask_coding="flat", num_coefficients=None, mask_size=16),
             {"batch_size": 4, "accumulate": 2},
             id="flat",
         ),
-        pytest.param({}, {"amp": True, "compile": True, "ema_decay": 0.9}, id="compiled", marks=pytest.mark.gpu),
+        pytest.param(SMALL, {"amp": True, "compile": True, "ema_decay": 0.9}, id="compiled", marks=pytest.mark.gpu),
+        pytest.param(QUERYINST, {"amp": True}, id="queryinst"),
+        pytest.param(
+            replace(QUERYINST, num_queries=2, gradient_checkpointing=True), {}, id="more objects than queries"
+        ),
     ],
 )
 def test_steps_never_wait(
-    model: dict[str, Any], settings: dict[str, Any], data: Path, tmp_path: Path, main: ModuleType
+    model: SOLQConfig | QueryInstConfig, settings: dict[str, Any], data: Path, tmp_path: Path, main: ModuleType
 ) -> None:
     run(main, data, tmp_path / "run", model, settings)
 
@@ -154,7 +167,7 @@ def test_waits_are_seen(
 
     monkeypatch.setattr(main, "normalize", waiting)
     with pytest.raises((RuntimeError, AssertionError)):
-        run(main, data, tmp_path / "run", {}, {})
+        run(main, data, tmp_path / "run", SMALL, {})
 
 
 @pytest.mark.parametrize("class_cost_form", ["focal", "softmax"])
