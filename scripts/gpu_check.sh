@@ -56,7 +56,7 @@ for piece in "$@"; do
     fi
     case $piece in
         tests)
-            command=(-m pytest tests/kernels tests/models/test_solq.py tests/test_host_wait.py tests/test_matcher.py
+            command=(-m pytest tests/kernels tests/models tests/test_host_wait.py tests/training/test_matcher.py
                 -q --junitxml="$out/tests.xml")
             ;;
         report) command=(-m benchmarks.compile_report --json "$out/report.json") ;;
