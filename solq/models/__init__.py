@@ -22,17 +22,17 @@ class ModelFamily:
 
     @property
     def config(self) -> Any:
-        """The class of the model's settings."""
+        """Import and return the class of the model's settings."""
         return getattr(importlib.import_module(f"{self.package}.config"), self.config_name)
 
     @property
     def model(self) -> Any:
-        """The class of the model."""
+        """Import and return the class of the model."""
         return getattr(importlib.import_module(f"{self.package}.model"), self.model_name)
 
     @property
     def official(self) -> Any:
-        """The module with `recognizes`, `infer_config`, `infer_meta` and `official_names`."""
+        """Import and return the module with `recognizes`, `infer_config`, `infer_meta` and `official_names`."""
         return importlib.import_module(f"{self.package}.official")
 
 

@@ -57,7 +57,7 @@ class _SwinBlock(SwinTransformerBlock):
 
 
 def _split(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Quotient and remainder; ONNX files cannot have `%` of a size that is dynamic."""
+    """Return quotient and remainder; ONNX files cannot have `%` of a size that is dynamic."""
     quotient = index // size
     return quotient, index - quotient * size
 
@@ -82,7 +82,7 @@ class SwinBackbone(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.num_channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """As `ResNetBackbone.forward`."""
+        """Return the features C_l (B, channels, H / 2**l, W / 2**l) of images (B, 3, H, W), from the first level on."""
         height, width = images.shape[-2:]
         if height % 4 or width % 4:
             images = F.pad(images, (0, -width % 4, 0, -height % 4))  # whole patches

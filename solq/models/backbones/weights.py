@@ -38,7 +38,7 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file; training scripts keep it under "model" or "state_dict"."""
+    """Read the state dict in a file; training scripts keep it under "model" or "state_dict"."""
     if not path.is_file():
         raise FileNotFoundError(f"backbone weights {path}: no such file (give a path, 'imagenet' or 'none')")
     try:

@@ -19,7 +19,7 @@ MASK_REGION = 14  # side of the region features that masks are predicted from; m
 
 
 class MaskInputs(TypedDict):
-    """What the mask heads read of a batch."""
+    """The inputs of the mask heads for a batch."""
 
     mask_queries: Tensor
     """(L, B, Q, C), the queries after the self-attention of each stage."""

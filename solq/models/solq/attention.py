@@ -1,4 +1,4 @@
-"""Where the decoder of SOLQ looks, recorded while the model runs."""
+"""The sampling points of the decoder of SOLQ, recorded while the model runs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

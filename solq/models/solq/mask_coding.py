@@ -28,7 +28,7 @@ MaskCodingName = Literal["dct", "pca", "sparse", "flat"]
 
 
 class MaskCoding(nn.Module):
-    """What the four codings share.
+    """The base class of the four codings.
 
     Attributes:
         name: the coding's name in the config.
@@ -49,31 +49,37 @@ class MaskCoding(nn.Module):
         return f"num_coefficients={self.num_coefficients}, size={self.size}"
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, n) float32 of binary masks (K, N, N)."""
+        """Encode binary masks (K, N, N) as vectors (K, n) float32."""
         raise NotImplementedError
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Masks (K, N, N) float32 of vectors (K, n), near 0 outside of the object and near 1 inside. Differentiable."""
+        """Decode vectors (K, n) to masks (K, N, N) float32, near 0 outside of the object and near 1 inside.
+
+        Differentiable.
+        """
         raise NotImplementedError
 
     def binarize(self, decoded: Tensor) -> Tensor:
-        """Decoded masks (K, N, N) as bool: the linear codings are least-squares fits of 0 and 1, cut in the middle."""
+        """Convert decoded masks (K, N, N) to bool.
+
+        The linear codings are least-squares fits of 0 and 1, so that the threshold is one half.
+        """
         return decoded > 0.5
 
     def decode_binary(self, vectors: Tensor) -> Tensor:
-        """Masks (K, N, N) bool of vectors (K, n)."""
+        """Decode vectors (K, n) to masks (K, N, N) bool."""
         return self.binarize(self.decode(vectors))
 
     def decode_paste(self, vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Full-image masks (K, H, W) bool of vectors (K, n) in their boxes (K, 4), x0 y0 x1 y1 in pixels."""
+        """Decode vectors (K, n) to full-image masks (K, H, W) bool in their boxes (K, 4), x0 y0 x1 y1 in pixels."""
         return paste_masks(self.decode_binary(vectors), boxes, image_size)
 
     def decode_runs(self, vectors: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What COCO's run lengths of `decode_paste` are made of, see :func:`solq.kernels.paste_runs`."""
+        """Decode vectors (K, n) to the run lengths of `decode_paste`, see :func:`solq.kernels.paste_runs`."""
         return paste_runs(self.decode_binary(vectors), boxes, image_size)
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Mean absolute difference of each pair of vectors (T, n): (T,) (paper, equation 5)."""
+        """Compute the mean absolute difference (T,) of each pair of vectors (T, n) (paper, equation 5)."""
         return (predicted.to(target.dtype) - target).abs().mean(-1)
 
 
@@ -92,7 +98,7 @@ class DCTCoding(MaskCoding):
         return dct_decode(vectors, self.size)
 
     def binarize(self, decoded: Tensor) -> Tensor:
-        """True above the middle between each mask's own minimum and maximum, as in the published model."""
+        """Threshold each mask at the middle between its own minimum and maximum, as in the published model."""
         return binarize(decoded)
 
     def decode_binary(self, vectors: Tensor) -> Tensor:
@@ -117,7 +123,7 @@ class FlatCoding(MaskCoding):
         return vectors.float().view(-1, self.size, self.size)
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """L2 plus dice of each pair of vectors (T, n): (T,) (paper, Table 3a).
+        """Compute L2 plus dice (T,) of each pair of vectors (T, n) (paper, Table 3a).
 
         L2 is the mean squared difference. Dice has squares in its denominator (V-Net, Milletari et al. 2016), which is
         least at the target for any real values: a sigmoid would make the vector something else than the mask it codes.
@@ -152,7 +158,7 @@ class FittedCoding(MaskCoding):
             return (self.mean + vectors.float() @ self.components).view(-1, self.size, self.size)
 
     def _project(self, masks: Tensor) -> Tensor:
-        """Products (K, n) of the centred masks and each component, in float64: neither TF32 nor autocast round it."""
+        """Multiply the centered masks with each component (K, n), in float64: neither TF32 nor autocast round it."""
         return (masks.flatten(1).double() - self.mean) @ self.components.double().T
 
     def _require_fitted(self) -> None:
@@ -191,7 +197,10 @@ class PCACoding(FittedCoding):
 
     @torch.no_grad()
     def fit(self, masks: Tensor, seed: int = 0) -> None:
-        """Randomised subspace iteration (Halko et al. 2011) in float64: the N²×N² covariance never exists."""
+        """Find the components by randomized subspace iteration, in float64; the N²×N² covariance never exists.
+
+        Source: Halko et al., Finding structure with randomness, SIAM Review 2011.
+        """
         self._require_enough(masks)
         device = self.components.device
         chunks = masks.flatten(1).split(1024)
@@ -201,8 +210,8 @@ class PCACoding(FittedCoding):
         def covariance_times(basis: Tensor) -> Tensor:
             product = torch.zeros_like(basis)
             for chunk in chunks:
-                centred = chunk.to(device, torch.float64) - mean
-                product += centred.T @ (centred @ basis)
+                centered = chunk.to(device, torch.float64) - mean
+                product += centered.T @ (centered @ basis)
             return product
 
         width = min(self.num_coefficients + 32, self.size**2)  # a wider subspace converges faster
@@ -217,7 +226,7 @@ class PCACoding(FittedCoding):
 
 
 class SparseCoding(FittedCoding):
-    """A sparse combination of n learned atoms of unit norm: the vector minimises a Lasso (paper, equation 3).
+    """A sparse combination of n learned atoms of unit norm: the vector minimizes a Lasso (paper, equation 3).
 
     ½ ‖m − vD‖² + β ‖v‖₁, without a mean. The dictionary D is learned by scikit-learn (`pip install solq[sparse]`);
     encoding is plain PyTorch on any device, so that training needs no scikit-learn.
@@ -236,9 +245,10 @@ class SparseCoding(FittedCoding):
 
     @torch.no_grad()
     def encode(self, masks: Tensor, iterations: int = 300) -> Tensor:
-        """FISTA (Beck and Teboulle 2009) with a restart of the momentum where it points uphill, mask by mask.
+        """Minimize the Lasso of each mask by FISTA, whose momentum restarts where it points uphill.
 
-        A fixed number of iterations: nothing waits for the device.
+        The number of iterations is fixed, so that nothing waits for the device.
+        Source: Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm, SIAM J. Imaging Sciences 2009.
         """
         self._require_fitted()
         correlation, gram = self._project(masks), self.gram.double()
@@ -249,14 +259,17 @@ class SparseCoding(FittedCoding):
             shrunk = moved.sign() * (moved.abs() - self.step * self.beta).clamp(min=0)
             uphill = ((ahead - shrunk) * (shrunk - vectors)).sum(1, keepdim=True) > 0
             momentum = torch.where(uphill, 1.0, momentum)
-            following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
-            ahead = shrunk + (momentum - 1) / following * (shrunk - vectors)
-            vectors, momentum = shrunk, following
+            next_momentum = (1 + (1 + 4 * momentum**2).sqrt()) / 2
+            ahead = shrunk + (momentum - 1) / next_momentum * (shrunk - vectors)
+            vectors, momentum = shrunk, next_momentum
         return vectors.float()
 
     @torch.no_grad()
     def fit(self, masks: Tensor, seed: int = 0, epochs: int = 10) -> None:
-        """Online dictionary learning (Mairal et al. 2009) by scikit-learn, with the same β as the encoder."""
+        """Learn the dictionary online by scikit-learn, with the same β as the encoder.
+
+        Source: Mairal et al., Online dictionary learning for sparse coding, ICML 2009.
+        """
         try:
             from sklearn.decomposition import MiniBatchDictionaryLearning
             from sklearn.exceptions import ConvergenceWarning
@@ -287,7 +300,7 @@ class SparseCoding(FittedCoding):
 def build_mask_coding(
     name: MaskCodingName, num_coefficients: int | None = None, size: int | None = None
 ) -> DCTCoding | PCACoding | SparseCoding | FlatCoding:
-    """The coding of that name, not fitted yet.
+    """Build the coding of that name, not fitted yet.
 
     Args:
         num_coefficients: length n of a vector; None is 256, the paper's.

@@ -36,7 +36,7 @@ class SeparateMasks(MaskBranch):
 
     def __init__(self, width: int, num_heads: int, feature_channels: Sequence[int]) -> None:
         super().__init__()
-        divisor = 16 << len(feature_channels)  # 8 groups in the narrowest normalisation
+        divisor = 16 << len(feature_channels)  # 8 groups in the narrowest normalization
         if width % divisor:
             raise ValueError(f"width is {width}, must be a multiple of {divisor} for {len(feature_channels)} features")
         self.num_heads = num_heads
@@ -159,9 +159,9 @@ class SeparateMasks(MaskBranch):
         target = F.pad(target, (border, border, border, border))
 
         extents = sizes.flip(-1).to(boxes.dtype)  # W, H
-        centres, sides = boxes[:, :2] * extents, boxes[:, 2:] * extents * N / (N - 2 * border)
+        centers, sides = boxes[:, :2] * extents, boxes[:, 2:] * extents * N / (N - 2 * border)
         offset = (torch.arange(N, device=boxes.device) + 0.5) / N - 0.5
-        x, y = (centres[:, :, None] + sides[:, :, None] * offset).unbind(1)  # (T, N) pixels of the padded image
+        x, y = (centers[:, :, None] + sides[:, :, None] * offset).unbind(1)  # (T, N) pixels of the padded image
         predicted = self._sample(mask_logits[:, None], x, y)[:, 0]
         inside = ((y > 0) & (y < sizes[:, :1]))[:, :, None] & ((x > 0) & (x < sizes[:, 1:]))[:, None, :]
 

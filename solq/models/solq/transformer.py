@@ -17,7 +17,7 @@ SpatialShapes = list[tuple[int, int]]
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of x, which is clamped so that both x and 1 − x are at least `eps`."""
+    """Return the logit of x, with x and 1 − x clamped to at least `eps`."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -221,8 +221,8 @@ class DeformableTransformer(nn.Module):
         ).to(src.dtype)
         valid_ratios = torch.stack([_valid_ratio(mask) for mask in padding_masks], dim=1)  # (B, L, 2)
 
-        centres = _pixel_centres(spatial_shapes, valid_ratios)  # (B, S, 2)
-        pixel_references = centres[:, :, None] * valid_ratios[:, None]
+        centers = _pixel_centers(spatial_shapes, valid_ratios)  # (B, S, 2)
+        pixel_references = centers[:, :, None] * valid_ratios[:, None]
         memory = src
         for layer in self.encoder.layers:
             memory = self._run(layer, memory, pos, pixel_references, spatial_shapes, level_start_index, padding_mask)
@@ -230,7 +230,7 @@ class DeformableTransformer(nn.Module):
         proposal_logits = proposal_boxes = None
         if self.two_stage:
             proposal_logits, proposal_boxes, reference = self._propose(
-                memory, padding_mask, centres, spatial_shapes, class_embed[-1], bbox_embed[-1]
+                memory, padding_mask, centers, spatial_shapes, class_embed[-1], bbox_embed[-1]
             )
             encoded = sine_box_encoding(reference, self.d_model // 2).to(memory.dtype)
             query_pos, tgt = self.pos_trans_norm(self.pos_trans(encoded)).chunk(2, dim=-1)
@@ -269,14 +269,14 @@ class DeformableTransformer(nn.Module):
         self,
         memory: Tensor,
         padding_mask: Tensor,
-        centres: Tensor,
+        centers: Tensor,
         spatial_shapes: SpatialShapes,
         class_head: nn.Module,
         box_head: nn.Module,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score one box per pixel; logits (B, S, C), boxes (B, S, 4), and the best boxes (B, Q, 4)."""
-        sides = torch.cat([centres.new_full((h * w,), 0.05 * 2**level) for level, (h, w) in enumerate(spatial_shapes)])
-        boxes = torch.cat([centres, sides[None, :, None].expand(len(centres), -1, 2)], dim=-1)
+        """Score one box per pixel; return logits (B, S, C), boxes (B, S, 4), and the best boxes (B, Q, 4)."""
+        sides = torch.cat([centers.new_full((h * w,), 0.05 * 2**level) for level, (h, w) in enumerate(spatial_shapes)])
+        boxes = torch.cat([centers, sides[None, :, None].expand(len(centers), -1, 2)], dim=-1)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~padding_mask
         output = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable[..., None], 0.0)))
         logits = class_head(output).float()
@@ -289,7 +289,7 @@ class DeformableTransformer(nn.Module):
 
 
 def _refine(reference: Tensor, delta: Tensor) -> Tensor:
-    """Boxes (B, Q, 4) moved by `delta` in logit space from reference points (B, Q, 2) or boxes (B, Q, 4)."""
+    """Move reference points (B, Q, 2) or boxes (B, Q, 4) by `delta` in logit space; return boxes (B, Q, 4)."""
     start = inverse_sigmoid(reference)
     if start.shape[-1] == 2:
         start = torch.cat([start, torch.zeros_like(start)], dim=-1)
@@ -297,17 +297,17 @@ def _refine(reference: Tensor, delta: Tensor) -> Tensor:
 
 
 def _valid_ratio(padding_mask: Tensor) -> Tensor:
-    """The unpadded share (B, 2) of the width and of the height of masks (B, H, W)."""
+    """Return the unpadded share (B, 2) of the width and of the height of masks (B, H, W)."""
     valid = (~padding_mask).float()
     return torch.stack([valid[:, 0, :].mean(-1), valid[:, :, 0].mean(-1)], dim=-1)
 
 
-def _pixel_centres(spatial_shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
-    """The centres (B, S, 2) of all pixels as (x, y), 0..1 over the unpadded part of their level."""
-    centres = []
+def _pixel_centers(spatial_shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
+    """Return the centers (B, S, 2) of all pixels as (x, y), 0..1 over the unpadded part of their level."""
+    centers = []
     for (h, w), ratio in zip(spatial_shapes, valid_ratios.unbind(1), strict=True):
         x = (torch.arange(w, device=ratio.device) + 0.5) / (ratio[:, :1] * w)
         y = (torch.arange(h, device=ratio.device) + 0.5) / (ratio[:, 1:] * h)
         grid = torch.stack([x[:, None, :].expand(-1, h, -1), y[:, :, None].expand(-1, -1, w)], dim=-1)
-        centres.append(grid.flatten(1, 2))
-    return torch.cat(centres, dim=1)
+        centers.append(grid.flatten(1, 2))
+    return torch.cat(centers, dim=1)
