@@ -11,6 +11,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from solq.data.image import ImageLike, read_rgb
+from solq.drawing import draw_instances
 from solq.kernels.reference import mask_runs
 
 
@@ -85,25 +87,27 @@ class Detections:
         names = dict(enumerate(self.meta.class_names))
         return [names.get(label) or f"class {label}" for label in self.labels.tolist()]
 
-    def draw(self, image: Any, threshold: float = 0.0) -> Image.Image:
-        """The image with the masks, boxes, names and scores of the detections of at least `threshold` on it.
+    @property
+    def names_and_scores(self) -> list[str]:
+        """The text at each detection in a picture, such as "cat 0.93"."""
+        return [f"{name} {score:.2f}" for name, score in zip(self.class_names, self.scores.tolist(), strict=True)]
 
-        `image` is what was predicted on, as :class:`solq.Predictor` takes it. Small ones come back enlarged.
+    def draw(self, image: ImageLike, threshold: float = 0.0) -> Image.Image:
+        """Draw masks, boxes, names and scores of the detections of at least `threshold` on the image.
+
+        `image` is the image that was predicted on, as :class:`solq.Predictor` takes it. Small ones come back enlarged.
+
+        Raises:
+            ValueError: the masks are of another size than the image.
         """
-        from torchvision.transforms.v2.functional import to_pil_image
-
-        from solq.predictor import read_rgb  # imports this module
-        from solq.visualize import draw_detections
-
         pixels = read_rgb(image)
         if self.masks is not None and self.masks.shape[-2:] != pixels.shape[-2:]:
             raise ValueError(
                 f"image is {pixels.shape[1]}x{pixels.shape[2]} but the masks are of an image of "
                 f"{self.masks.shape[1]}x{self.masks.shape[2]} (height x width)"
             )
-        names = dict(zip(self.labels.tolist(), self.class_names, strict=True))
-        of_label = [names.get(label, "") for label in range(max(names, default=-1) + 1)]
-        return to_pil_image(draw_detections(pixels, self.to("cpu"), of_label, threshold))
+        shown = self[self.scores >= threshold].to("cpu")
+        return draw_instances(pixels, shown.boxes, shown.scores, shown.names_and_scores, shown.masks)
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections` (`pip install solq[supervision]`)."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solq.data import shapes
 from solq.kernels.matching.cost import ClassCost
 from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
@@ -58,13 +57,6 @@ def no_host_wait() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.generate(folder, num_train=8, num_val=1, image_size=64)
-    return folder
 
 
 @pytest.fixture
@@ -127,9 +119,9 @@ def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], setti
     ],
 )
 def test_steps_never_wait(
-    model: dict[str, Any], settings: dict[str, Any], data: Path, tmp_path: Path, main: ModuleType
+    model: dict[str, Any], settings: dict[str, Any], shapes_folder: Path, tmp_path: Path, main: ModuleType
 ) -> None:
-    run(main, data, tmp_path / "run", model, settings)
+    run(main, shapes_folder, tmp_path / "run", model, settings)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +136,11 @@ def test_steps_never_wait(
     ids=["item", "mask", "to", "copy", "index"],
 )
 def test_waits_are_seen(
-    wait: Callable[[Tensor], object], data: Path, tmp_path: Path, main: ModuleType, monkeypatch: pytest.MonkeyPatch
+    wait: Callable[[Tensor], object],
+    shapes_folder: Path,
+    tmp_path: Path,
+    main: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     normalize = main.normalize
 
@@ -154,7 +150,7 @@ def test_waits_are_seen(
 
     monkeypatch.setattr(main, "normalize", waiting)
     with pytest.raises((RuntimeError, AssertionError)):
-        run(main, data, tmp_path / "run", {}, {})
+        run(main, shapes_folder, tmp_path / "run", {}, {})
 
 
 @pytest.mark.parametrize("class_cost", ["focal", "softmax"])

@@ -13,47 +13,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
+from solq.commands.settings import ExportConfig, Format
 from solq.data.batch import normalize
 from solq.devices import choose_device
 from solq.kernels.ms_deform_attn import cpu as reference
 from solq.models.base import InstanceSegmenter, select_top_k
 from solq.weights import load
 
-Format = Literal["torch-export", "aoti", "onnx"]
-
 SUFFIXES: dict[Format, str] = {"torch-export": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
 DESCRIPTION = "solq.json"  # the file with the description inside a torch.export program
 STRIDE = 32  # of C5: images are padded to multiples of it
 ONNX_OPSET = 18
-
-
-@dataclass
-class ExportConfig:
-    """Write a model as one file: images in, detections out. docs/export.md shows how each format is run."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A file of solq.save, of train.py, or an official SOLQ checkpoint."""
-    format: Format = "torch-export"
-    """A torch.export program, an AOTInductor package (needs a C++ compiler), or ONNX."""
-    output: Path | None = None
-    """File to write; the checkpoint's name with another ending unless given."""
-    top_k: int = 100
-    """Detections of an image, whatever their scores; fixed in the file."""
-    max_batch: int = 16
-    """Most images of a batch."""
-    min_size: int | None = None
-    """Least height and width of a padded image, a multiple of 32; the least that the model takes unless given."""
-    max_size: int | None = None
-    """Most height and width of a padded image, a multiple of 32; as in the model's evaluation unless given."""
-    device: str = "cpu"
-    """The kind of device that the file is for: cpu or cuda."""
 
 
 def export(config: ExportConfig) -> None:

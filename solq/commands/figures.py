@@ -2,47 +2,25 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from solq.commands.settings import FiguresConfig
+from solq.data.image import ImageLike, expand_folders, read_rgb
 from solq.detections import Detections
 from solq.models.base import Attention
-from solq.predictor import ImageLike, Predictor, expand_folders, read_rgb
+from solq.predictor import Predictor
 
 PANEL_SIDE = 560  # pixels of a panel's longer side
 FINER = 3  # pictures are drawn so many times larger, then reduced: smooth circles and lines
 FONT_SIZE = 17
 MARGIN = 14
 COLORS = ((48, 60, 190), (40, 170, 235), (120, 230, 110), (255, 215, 40), (245, 70, 30))  # from no weight to the most
-
-
-@dataclass
-class FiguresConfig:
-    """Draw where the decoder looks for an object (the paper's Figure 4), and two models side by side (3 and 5)."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A file of solq.save, of train.py, or an official SOLQ checkpoint."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Images, or folders of images."""
-    compare: Path | None = None
-    """Another checkpoint, for example with separate masks, whose predictions are drawn beside."""
-    output: Path = Path("figures")
-    """Folder to write to."""
-    objects: int = 3
-    """Most objects of an image whose attention is drawn, the best first."""
-    layer: int = -1
-    """Decoder layer, from 0, or from -1 backwards."""
-    threshold: float = 0.4
-    """Least score of an object."""
-    device: str = "auto"
 
 
 def figures(config: FiguresConfig) -> None:

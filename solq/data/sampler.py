@@ -1,4 +1,4 @@
-"""The order of training: which images make the batch of a step, computed from the seed and the step alone."""
+"""Choose the images of each training step, from the seed and the step alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ Key = tuple[int, int]  # an image's index and the seed of its batch
 
 
 class TrainSampler(Sampler[list[Key]]):
-    """Endless batches of keys (index, batch seed), the same for any number of processes.
+    """Yield endless batches of keys (index, batch seed), the same for any number of processes.
 
     An epoch shuffles the images and shows each once; its last batch is filled up with images of its beginning. The
     batch of a step depends on `seed` and the step only, so a run that starts at `start_step` continues another.
@@ -17,11 +17,11 @@ class TrainSampler(Sampler[list[Key]]):
     Args:
         num_samples: number of images.
         batch_size: images of a step, over all processes.
-        seed: of order and augmentation.
+        seed: seed of order and augmentation.
         rank, world_size: this process takes part `rank` of `world_size` equal parts of each batch.
         start_step: the first step.
-        groups: a number per image; images of a batch are of one group, but for what is left over at an epoch's end.
-            With orientations for groups, batches need less padding.
+        groups: a number per image; the images of a batch have the same number, except those left over in an epoch.
+            With the orientations of the images as groups, batches need less padding.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainSampler(Sampler[list[Key]]):
         return -(-self.num_samples // self.batch_size)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The images of every batch of an epoch: (steps, batch size) int64."""
+        """Return the images of every batch of an epoch: (steps, batch size) int64."""
         rng = np.random.default_rng((self.seed, 0, epoch))
         order = rng.permutation(self.num_samples)
         full, left = [], []

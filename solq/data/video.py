@@ -1,4 +1,4 @@
-"""Videos and webcams to frames and back, through OpenCV (`pip install solq[video]`)."""
+"""Read frames of videos and webcams and write videos, through OpenCV (`pip install solq[video]`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 @dataclass
 class Video:
-    """Frames (3, H, W) uint8, their number where it is known, and how many belong to a second."""
+    """Frames (3, H, W) uint8, their number or None if unknown, and the frame rate."""
 
     frames: Iterator[Tensor]
     num_frames: int | None
@@ -22,16 +22,16 @@ class Video:
 
 
 def is_video(path: Path) -> bool:
-    """Whether it is named as a video, or is `webcam` or `webcam:<number>`."""
-    return path.suffix.lower() in ENDINGS or _camera(path) is not None
+    """Tell whether a path is named like a video, or is `webcam` or `webcam:<number>`."""
+    return path.suffix.lower() in SUFFIXES or _camera(path) is not None
 
 
 def read_video(path: Path) -> Video:
-    """Open a video file, or a webcam, which goes on until nobody takes its frames.
+    """Open a video file, or a webcam, whose frames have no end.
 
     Raises:
-        ImportError: if OpenCV is not installed.
-        OSError: if it cannot be opened or has no frame.
+        ImportError: OpenCV is not installed.
+        OSError: the video cannot be opened or has no frame.
     """
     cv2 = _opencv()
     camera = _camera(path)
@@ -58,11 +58,11 @@ def read_video(path: Path) -> Video:
 
 
 class VideoWriter:
-    """Writes frames of one size to an MP4 file, inside a `with`."""
+    """Write frames of one size to an MP4 file, inside a `with`."""
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
         self.path, self.frames_per_second = path, frames_per_second
-        self.writer: Any = None  # its size is that of the first frame
+        self.writer: Any = None  # opened with the first frame, which gives the size
 
     def __enter__(self) -> "VideoWriter":
         return self

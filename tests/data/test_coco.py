@@ -16,8 +16,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
+from solq.data.annotations import labels_of_categories, read_segmentation, split_paths
 from solq.data.batch import collate, padded_sizes
-from solq.data.coco import CocoDataset, labels_of_categories, read_segmentation
+from solq.data.coco import CocoDataset
 from solq.data.sampler import TrainSampler
 from solq.data.transforms import EvalTransform, TrainTransform
 from solq.kernels.reference import crop_masks
@@ -400,9 +401,7 @@ def test_a_loader_goes_on_past_a_damaged_image(folder: Folder):
 
 
 def open_coco_tiny(root: Path, split: str, transform: TrainTransform | EvalTransform) -> CocoDataset:
-    return CocoDataset(
-        root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transform, train=split == "train"
-    )
+    return CocoDataset(*split_paths(root, f"{split}2017"), transform, train=split == "train")
 
 
 def test_real_images_agree_with_pycocotools(coco_tiny: Path):
