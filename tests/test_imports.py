@@ -1,6 +1,8 @@
-"""Imports point only downwards through the layers of the package, and modules of a layer form no circle."""
+"""Imports point only downwards through the layers of the package, form no circle, and are light."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +103,21 @@ def test_kernels_import_nothing_else_of_the_package() -> None:
         if not imported.startswith("solq.kernels")
     }
     assert foreign == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("solq", {"torch", "triton", "scipy", "tensorboard", "timm", "pycocotools", "torchvision", "tyro", "rich"}),
+        ("solq.kernels", {"scipy", "tensorboard", "timm", "pycocotools", "torchvision", "tyro", "rich"}),
+        ("train", {"scipy", "tensorboard", "timm", "faster_coco_eval"}),
+    ],
+)
+def test_imports_are_light(module: str, heavy: set[str]) -> None:
+    """SciPy is imported where a CPU assignment runs, TensorBoard where a log is written, timm where a Swin is built."""
+    program = f"import sys, {module}; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert heavy & set(shown.stdout.split()) == set()
 
 
 @pytest.mark.parametrize(
