@@ -12,6 +12,8 @@ from solq.data.image import pil_image
 
 LEGIBLE_SIDE = 480  # pixels: images with a shorter longer side are enlarged, so that names on them can be read
 FONT_SIZE = 13
+TITLE_SIZE = 18
+MARGIN = 12  # pixels between the pictures of a page
 
 Color = tuple[int, int, int]
 
@@ -53,6 +55,23 @@ def draw_instances(
     for index in reversed(order):  # the best one chooses its place first
         _write_label(draw, picture.size, labels[index], corners[index].tolist(), _color(index), taken)
     return picture
+
+
+def compose_page(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
+    """Paste rows of pictures on a white page, with a title above each column; the last row may be shorter."""
+    widths = [max(row[column].width for row in rows if column < len(row)) + MARGIN for column in range(len(titles))]
+    heights = [max(picture.height for picture in row) + MARGIN for row in rows]
+    top = TITLE_SIZE + 2 * MARGIN
+    page = Image.new("RGB", (MARGIN + sum(widths), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(page)
+    lefts = [MARGIN + sum(widths[:column]) for column in range(len(titles))]
+    for left, title in zip(lefts, titles, strict=True):
+        draw.text((left, MARGIN), title, "black", ImageFont.load_default(TITLE_SIZE))
+    for row, height in zip(rows, heights, strict=True):
+        for left, picture in zip(lefts, row, strict=False):
+            page.paste(picture, (left, top))
+        top += height
+    return page
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -5,7 +5,6 @@ faster-coco-eval.
 """
 
 import contextlib
-import functools
 import io
 import logging
 from collections.abc import Iterable, Sequence
@@ -20,13 +19,13 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from solq.data.annotations import no_garbage_collection, read_coco, read_segmentation
-from solq.data.batch import collate, normalize, padded_sizes
+from solq.data.batch import normalize, padded_sizes
 from solq.data.coco import CocoDataset
+from solq.data.loader import make_loader
 from solq.data.transforms import EvalTransform
-from solq.data.workers import start_worker
 from solq.detections import Detections, ModelMeta
 from solq.models.base import InstanceSegmenter
 
@@ -165,14 +164,8 @@ def evaluate(
     assert isinstance(dataset.transform, EvalTransform)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sizes = padded_sizes((dataset.transform.size,), dataset.transform.max_size)
-    loader = DataLoader(
-        Subset(dataset, range(rank, len(dataset), world_size)),
-        batch_size=batch_size,
-        collate_fn=functools.partial(collate, sizes=sizes),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-    )
+    part = Subset(dataset, range(rank, len(dataset), world_size))
+    loader = make_loader(part, sizes, workers, device, batch_size=batch_size)
     was_training = model.training
     model.eval()
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-# From the bottom. A name stands for a module, or for a folder with all modules in it; the longest name that fits counts.
+# From the bottom. A name stands for a module, or a folder with all modules in it; the longest that fits counts.
 LAYERS = [
     ["solq", "solq.errors", "solq.files", "solq.devices"],
     ["solq.kernels"],

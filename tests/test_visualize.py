@@ -10,9 +10,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from solq.detections import Detections
-from solq.drawing import LEGIBLE_SIDE
+from solq.drawing import LEGIBLE_SIDE, MARGIN
 from solq.evaluation import CocoEvaluator
-from solq.visualize import MARGIN, comparison_page
+from solq.visualize import comparison_page
 
 H, W = 40, 60
 COUNT = 6  # images, of gray level 101, 102, …; the object of image 3 is a crowd

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pycocotools import mask as coco_mask
 
 # The entries that the rows of each list must have. Annotations may lack an id, which nothing here depends on.
@@ -65,11 +64,12 @@ def read_coco(path: Path, lists: Sequence[str] = tuple(REQUIRED)) -> dict[str, A
             raise ValueError(f"{path} is not in COCO's format: it has no list '{key}'")
         for row in rows:
             for entry, kind in REQUIRED[key].items():
-                if not isinstance(row, dict) or entry not in row:
-                    raise ValueError(f"{path} is not in COCO's format: an entry of '{key}' has no '{entry}'")
-                if not isinstance(row[entry], kind):
+                if isinstance(row, dict) and isinstance(row.get(entry), kind):
+                    continue
+                given = f"no '{entry}'"
+                if isinstance(row, dict) and entry in row:
                     given = f"'{entry}': {row[entry]!r}, which is not {'a number' if kind is int else 'text'}"
-                    raise ValueError(f"{path} is not in COCO's format: an entry of '{key}' has {given}")
+                raise ValueError(f"{path} is not in COCO's format: an entry of '{key}' has {given}")
     if "categories" in lists and not content["categories"]:
         raise ValueError(f"{path} has no categories: choose another file")
     images = content["images"]
@@ -79,21 +79,15 @@ def read_coco(path: Path, lists: Sequence[str] = tuple(REQUIRED)) -> dict[str, A
         raise ValueError(f"{path} has images without height or width: write their sizes in pixels")
     if len({image["id"] for image in images}) < len(images):
         raise ValueError(f"{path} gives several images the same id: give each its own")
-    if "annotations" in lists:
-        _check_references(content, path)
-    return content
-
-
-def _check_references(content: dict[str, Any], path: Path) -> None:
-    """Raise a ValueError for an annotation whose image or category is not in the file."""
-    for kind, key, rows in (("image", "image_id", "images"), ("category", "category_id", "categories")):
-        known = {row["id"] for row in content[rows]}
-        for annotation in content["annotations"]:
+    for referred, key, rows in (("image", "image_id", "images"), ("category", "category_id", "categories")):
+        known = {row["id"] for row in content.get(rows, [])}
+        for annotation in content["annotations"] if "annotations" in lists else []:
             if annotation[key] not in known:
                 raise ValueError(
-                    f"{path}: annotation {annotation.get('id')} is of {kind} {annotation[key]}, "
-                    f"which is not among {rows}: add the {kind} or remove the annotation"
+                    f"{path}: annotation {annotation.get('id')} is of {referred} {annotation[key]}, "
+                    f"which is not among {rows}: add the {referred} or remove the annotation"
                 )
+    return content
 
 
 def labels_of_categories(names: dict[int, str]) -> tuple[list[int], list[str]]:
@@ -161,17 +155,15 @@ def _runs_sum_to(counts: bytes, num_pixels: int) -> bool:
     A run length is written in characters of 5 bits, low bits first, with a sixth bit set on all but the last; from the
     fourth run length on, its difference to the length two before is written.
     """
-    bits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(bits & 32 == 0)
-    if len(ends) == 0 or ends[-1] != len(bits) - 1 or bits.min() < 0 or bits.max() > 63:
-        return False
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    num_characters = ends - starts + 1
-    if num_characters.max() > 12:  # more than 60 bits
-        return False
-    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, num_characters))
-    lengths = np.add.reduceat((bits & 31) << shifts, starts)
-    lengths -= ((bits[ends] & 16) != 0).astype(np.int64) << (5 * num_characters)  # two's complement
-    lengths[1::2] = np.cumsum(lengths[1::2])
-    lengths[2::2] = np.cumsum(lengths[2::2])
-    return bool(lengths.min() >= 0 and lengths.sum() == num_pixels)
+    lengths: list[int] = []
+    length, shift = 0, 0
+    for bits in (character - 48 for character in counts):
+        if not 0 <= bits < 64 or shift > 55:
+            return False
+        length |= (bits & 31) << shift
+        shift += 5
+        if bits & 32 == 0:
+            length -= (bits & 16) << shift - 4  # two's complement
+            lengths.append(length + (lengths[-2] if len(lengths) > 2 else 0))
+            length, shift = 0, 0
+    return shift == 0 and bool(lengths) and min(lengths) >= 0 and sum(lengths) == num_pixels

@@ -48,7 +48,7 @@ def smallest_holding(height: int, width: int, sizes: Sequence[Size]) -> Size:
     large_enough = [size for size in sizes if size[0] >= height and size[1] >= width]
     if not large_enough:
         raise ValueError(f"a batch needs {height}x{width} pixels but the largest of sizes is {max(sizes)}")
-    return min(large_enough, key=lambda size: size[0] * size[1])
+    return min(large_enough, key=math.prod)
 
 
 def pad_images(images: Sequence[Tensor], size: Size) -> tuple[Tensor, Tensor]:
@@ -100,16 +100,9 @@ class PackedTargets:
     def unpack(self) -> list[Target]:
         """Return a dict per image, as `pack` took it; the tensors are views."""
         counts = self.offsets.diff().tolist()
-        per_image = zip(
-            self.labels.split(counts),
-            self.boxes.split(counts),
-            self.masks.split(counts),
-            self.image_ids.tolist(),
-            self.orig_sizes,
-            self.sizes,
-            strict=True,
-        )
+        labels, boxes, masks = (part.split(counts) for part in (self.labels, self.boxes, self.masks))
         keys = ("labels", "boxes", "masks", "image_id", "orig_size", "size")
+        per_image = zip(labels, boxes, masks, self.image_ids.tolist(), self.orig_sizes, self.sizes, strict=True)
         return [dict(zip(keys, values, strict=True)) for values in per_image]
 
     def image_index(self) -> Tensor:
@@ -117,10 +110,11 @@ class PackedTargets:
         targets = torch.arange(len(self.labels), device=self.labels.device)
         return torch.bucketize(targets, self.offsets[1:], right=True)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedTargets":
         return PackedTargets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     def pin_memory(self) -> "PackedTargets":
+        """Copy to pinned memory."""
         return PackedTargets(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
@@ -137,13 +131,10 @@ class Batch:
     targets: PackedTargets
     skipped: int = 0
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking),
-            self.padding_mask.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking=non_blocking),
-            self.skipped,
-        )
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy to a device, without waiting for it."""
+        images, padding_mask = (part.to(device, non_blocking=True) for part in (self.images, self.padding_mask))
+        return Batch(images, padding_mask, self.targets.to(device), self.skipped)
 
     def pin_memory(self) -> "Batch":
         """Copy to pinned memory; the DataLoader calls this if its `pin_memory` is set."""
@@ -161,11 +152,9 @@ def collate(samples: Sequence[tuple[Tensor, Target] | None], *, sizes: Sequence[
     intact = [sample for sample in samples if sample is not None]
     if not intact:
         return None
-    height = max(image.shape[1] for image, _ in intact)
-    width = max(image.shape[2] for image, _ in intact)
-    images, padding_mask = pad_images([image for image, _ in intact], smallest_holding(height, width, sizes))
-    targets = PackedTargets.pack([target for _, target in intact])
-    return Batch(images, padding_mask, targets, skipped=len(samples) - len(intact))
+    images, targets = zip(*intact, strict=True)
+    size = smallest_holding(max(image.shape[1] for image in images), max(image.shape[2] for image in images), sizes)
+    return Batch(*pad_images(images, size), PackedTargets.pack(targets), skipped=len(samples) - len(intact))
 
 
 def fill_up(batch: Batch | None, num_images: int, size: Size, mask_size: int) -> Batch:
@@ -181,12 +170,11 @@ def fill_up(batch: Batch | None, num_images: int, size: Size, mask_size: int) ->
         mask_size: side N of the target masks, if all were skipped.
     """
     if batch is not None:
-        if len(batch.images) == num_images:
-            return batch
         size, mask_size = (batch.images.shape[2], batch.images.shape[3]), batch.targets.masks.shape[1]
     missing = num_images - (0 if batch is None else len(batch.images))
-    black = torch.zeros(missing, 3, *size, dtype=torch.uint8)
-    no_padding = torch.zeros(missing, *size, dtype=torch.bool)
+    if missing == 0 and batch is not None:
+        return batch
+    images, padding_mask = pad_images([torch.zeros(3, *size, dtype=torch.uint8)] * missing, size)
     no_objects = {
         "labels": torch.zeros(0, dtype=torch.int64),
         "boxes": torch.zeros(0, 4),
@@ -196,20 +184,15 @@ def fill_up(batch: Batch | None, num_images: int, size: Size, mask_size: int) ->
         "size": size,
     }
     if batch is None:
-        return Batch(black, no_padding, PackedTargets.pack([no_objects] * missing), skipped=num_images)
-    return Batch(
-        torch.cat([batch.images, black]),
-        torch.cat([batch.padding_mask, no_padding]),
-        PackedTargets.pack([*batch.targets.unpack(), *[no_objects] * missing]),
-        batch.skipped,
-    )
+        return Batch(images, padding_mask, PackedTargets.pack([no_objects] * missing), skipped=num_images)
+    targets = PackedTargets.pack([*batch.targets.unpack(), *[no_objects] * missing])
+    images, padding_mask = torch.cat([batch.images, images]), torch.cat([batch.padding_mask, padding_mask])
+    return Batch(images, padding_mask, targets, batch.skipped)
 
 
 def normalize(images: Tensor, padding_mask: Tensor) -> Tensor:
     """Normalize images (B, 3, H, W) uint8 to float32 with ImageNet's mean and standard deviation; padding becomes 0."""
     # Numbers, not tensors: making a tensor of them here would copy it to the device, and the host would wait for that.
-    channels = [
-        (images[:, channel] - 255 * mean) / (255 * std)
-        for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
-    ]
+    statistics = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    channels = [(channel - 255 * mean) / (255 * std) for channel, mean, std in statistics]
     return torch.stack(channels, dim=1).masked_fill(padding_mask[:, None], 0)

@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from solq.data.annotations import (
-    check_box,
-    labels_of_categories,
-    no_garbage_collection,
-    read_coco,
-    read_segmentation,
-)
+from solq.data.annotations import check_box, labels_of_categories, no_garbage_collection, read_coco, read_segmentation
 from solq.data.image import read_annotated_image
 from solq.data.sampler import Key
 from solq.data.transforms import (
@@ -111,9 +105,8 @@ class CocoDataset(Dataset):
         try:
             image = read_annotated_image(path, (height, width))
         except Exception as error:  # Pillow's readers raise anything
-            message = (
-                f"{path} cannot be used: {first_line(error)}; restore the file or remove it from {self.coco_json.name}"
-            )
+            advice = f"restore the file or remove it from {self.coco_json.name}"
+            message = f"{path} cannot be used: {first_line(error)}; {advice}"
             if self.strict:
                 raise ValueError(message) from error
             logger.warning("%s (skipped)", message)

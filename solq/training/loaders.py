@@ -1,6 +1,5 @@
-"""The data of a training run: both sets, the order of the images, and the loader of its batches."""
+"""Open the data of a training run: both sets, the order of the images, and the loader of its batches."""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +7,11 @@ from torch.utils.data import DataLoader
 
 from solq.data import shapes
 from solq.data.annotations import split_paths
-from solq.data.batch import Size, collate, padded_sizes
+from solq.data.batch import Size, padded_sizes
 from solq.data.coco import CocoDataset
+from solq.data.loader import make_loader
 from solq.data.sampler import TrainSampler
 from solq.data.transforms import EvalTransform, TrainTransform
-from solq.data.workers import start_worker
 from solq.training.config import TrainConfig
 from solq.training.distributed import Process, wait_for_all
 
@@ -47,14 +46,7 @@ def load_data(config: TrainConfig, output: Path, process: Process, start_step: i
         groups=(train_set.image_sizes[:, 0] > train_set.image_sizes[:, 1]).tolist(),  # portraits, landscapes
     )
     sizes = padded_sizes(config.scales, config.max_size)
-    loader = DataLoader(
-        train_set,
-        batch_sampler=sampler,
-        collate_fn=functools.partial(collate, sizes=sizes),
-        num_workers=config.workers,
-        pin_memory=process.device.type == "cuda",
-        worker_init_fn=start_worker,
-    )
+    loader = make_loader(train_set, sizes, config.workers, process.device, batch_sampler=sampler)
     return TrainingData(train_set, val_set, sampler, loader, sizes, mask_size)
 
 
