@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from solq.commands.settings import PredictConfig
 from solq.data.image import folder_images, is_folder, rgb_pixels
 from solq.data.video import VideoWriter, is_video, read_video
+from solq.evaluation import numbers_right
 from solq.files import write_json
 from solq.predictor import Prediction, Predictor, map_ahead
 
@@ -30,11 +31,12 @@ class _Found:
     frames: int = 0
     failed: int = 0
 
-    def add(self, prediction: Prediction, image_id: int, labels: dict[str, Any]) -> None:
-        assert prediction.detections is not None
+    def add(self, prediction: Prediction, image_id: int, file: Path) -> None:
+        if prediction.detections is None:
+            return self.report_error(prediction.error)
         self.frames += 1
         self.classes.update(prediction.detections.class_names)
-        self.entries += [entry | labels for entry in prediction.detections.to_coco(image_id)]
+        self.entries += [entry | {"file_name": file.name} for entry in prediction.detections.to_coco(image_id)]
 
     def report_error(self, message: object) -> None:
         self.failed += 1
@@ -79,8 +81,8 @@ def predict(config: PredictConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
 
     clock = time.perf_counter()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
         _predict_images(predictor, images, config, found, progress)
         for video, name in zip(videos, output_names(videos, ".mp4"), strict=True):
             try:
@@ -91,7 +93,10 @@ def predict(config: PredictConfig) -> None:
 
     write_json(config.output / "results.json", found.entries)
     if found.classes:
-        console.print(class_counts(found.classes))
+        counts = Table("class", "found")
+        for name, count in found.classes.most_common():
+            counts.add_row(name, str(count))
+        console.print(numbers_right(counts))
     elif found.frames:
         console.print(f"nothing has a score of {config.threshold} or more: lower --threshold to see more")
     console.print(
@@ -121,10 +126,7 @@ def _predict_images(
     stream = enumerate(predictor.stream(images, threshold=config.threshold, top_k=config.top_k))
     with ThreadPoolExecutor(config.workers) as pool:
         for index, prediction in map_ahead(pool, write, stream, 2 * config.workers):
-            if prediction.error is None:
-                found.add(prediction, ids[index], {"file_name": images[index].name})
-            else:
-                found.report_error(prediction.error)
+            found.add(prediction, ids[index], images[index])
             progress.advance(task)
 
 
@@ -141,7 +143,7 @@ def _predict_video(
                 assert prediction.detections is not None
                 assert prediction.image is not None
                 writer.write(rgb_pixels(prediction.detections.draw(prediction.image)))
-                found.add(prediction, frame, {"file_name": video.name})
+                found.add(prediction, frame, video)
                 progress.advance(task)
         except KeyboardInterrupt:  # ends a webcam; the frames so far are kept
             return
@@ -174,12 +176,3 @@ def image_ids(images: Sequence[Path]) -> list[int]:
     if all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
         return [int(stem) for stem in stems]
     return list(range(1, len(images) + 1))
-
-
-def class_counts(classes: Counter[str]) -> Table:
-    """Show how often each class was found."""
-    table = Table("class", "found")
-    table.columns[1].justify = "right"
-    for name, count in classes.most_common():
-        table.add_row(name, str(count))
-    return table

@@ -6,11 +6,10 @@ import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console()
 
@@ -70,23 +69,13 @@ class RunLog:
             path.write_text("".join(kept))
             self.file = open(path, "a", buffering=1)
             self.board = SummaryWriter(self.output / "tensorboard", purge_step=self.start + 1)
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            columns = (MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn())
+            self.progress = Progress(*Progress.get_default_columns(), *columns, console=console)
             self.task = self.progress.add_task("training", total=self.steps, completed=self.start, status="")
             self.progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.enabled:
             self.progress.stop()
             self.file.close()
