@@ -189,24 +189,24 @@ def evaluate(
 
 def table(metrics: dict[str, float]) -> Table:
     """Show the twelve COCO numbers, with a column for each of boxes, masks and boundaries that `metrics` has."""
-    kinds = [kind for kind in IOU_TYPES if f"{kind}/AP" in metrics]
-    rows = Table("", *kinds, title="COCO evaluation")
-    for name, meaning in METRICS.items():
-        rows.add_row(meaning, *(_shown(metrics[f"{kind}/{name}"]) for kind in kinds))
-    return numbers_right(rows)
+    return _table(metrics, METRICS, Table("", title="COCO evaluation"))
 
 
 def class_table(metrics: dict[str, float]) -> Table:
     """Show the AP of every class, from the metrics of `summarize(per_class=True)`."""
+    keys = [key.removeprefix("box/") for key in metrics if key.startswith("box/AP/")]
+    return _table(metrics, {key: key.removeprefix("AP/") for key in keys}, Table("class", title="AP, IoU 0.50:0.95"))
+
+
+def _table(metrics: dict[str, float], names: dict[str, str], rows: Table) -> Table:
+    """Add a column for each kind of metrics, and a row for each of `names`."""
     kinds = [kind for kind in IOU_TYPES if f"{kind}/AP" in metrics]
-    rows = Table("class", *kinds, title="AP, IoU 0.50:0.95")
-    for name in [key.removeprefix("box/AP/") for key in metrics if key.startswith("box/AP/")]:
-        rows.add_row(name, *(_shown(metrics[f"{kind}/AP/{name}"]) for kind in kinds))
+    for kind in kinds:
+        rows.add_column(kind)
+    for key, name in names.items():
+        values = [metrics[f"{kind}/{key}"] for kind in kinds]
+        rows.add_row(name, *("n/a" if value < 0 else f"{value:.3f}" for value in values))
     return numbers_right(rows)
-
-
-def _shown(value: float) -> str:
-    return "n/a" if value < 0 else f"{value:.3f}"
 
 
 def numbers_right(rows: Table) -> Table:
@@ -278,9 +278,11 @@ def _evaluate(dataset: dict[str, Any], results: list[dict[str, Any]], kind: str)
         Index, Evaluation = COCO, COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # hides the progress of the libraries
+        truth, found = Index(), Index()
         # Both libraries write keys into the given entries, so they get copies.
-        truth = _indexed(Index, {**dataset, "annotations": [dict(annotation) for annotation in annotations]})
-        found = _indexed(Index, {**dataset, "annotations": []})
+        for index, entries in ((truth, [dict(annotation) for annotation in annotations]), (found, [])):
+            index.dataset = {**dataset, "annotations": entries}
+            index.createIndex()
         if results:  # pycocotools fails on none
             found = truth.loadRes([dict(entry) for entry in results])
         evaluation = Evaluation(truth, found, iou_type)
@@ -288,13 +290,6 @@ def _evaluate(dataset: dict[str, Any], results: list[dict[str, Any]], kind: str)
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
-
-
-def _indexed(index_type: type, dataset: dict[str, Any]) -> Any:
-    index = index_type()
-    index.dataset = dataset
-    index.createIndex()
-    return index
 
 
 def _average_precisions(evaluation: COCOeval) -> dict[str, float]:

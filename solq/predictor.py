@@ -41,9 +41,7 @@ class Prediction:
 
 
 class Predictor:
-    """Find the objects in images.
-
-    Threads decode and resize files while the model computes. Images of about the same size and shape are batched.
+    """Find the objects in images, which threads decode and resize while the model computes.
 
     Args:
         model: a model, or the path of a file that :func:`solq.load` reads.
@@ -53,12 +51,11 @@ class Predictor:
         class_names: name of each label, instead of those that came with the model.
         size, max_size: images are resized to a shorter side of `size` pixels, or to a longer one of `max_size` if that
             is less; by default as in the evaluation of the model's training.
-        batch_size: most images of a batch; by default 8 on a GPU, 1 on a CPU.
+        batch_size: most images of a batch, which are of about the same size; by default 8 on a GPU, 1 on a CPU.
         workers: number of threads that decode.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`solq.load`; class names of another number than the model's classes;
-            a number below 1; no such device.
+        FileNotFoundError, ValueError: see :func:`solq.load`; a setting is out of its range; no such device.
     """
 
     def __init__(
@@ -80,12 +77,8 @@ class Predictor:
         check_at_least(1, size=size, max_size=max_size, batch_size=batch_size, workers=workers)
         self.meta = model.meta
         if class_names is not None:
-            if not class_names:
-                raise ValueError(
-                    f"class_names is empty but the model has {model.config.num_classes} classes: give one for each"
-                )
-            check_length("class_names", list(class_names), model.config.num_classes)
             self.meta = replace(model.meta, class_names=list(class_names))
+            check_length("class_names", self.meta.class_names, model.config.num_classes)
         self.device = choose_device(device)
         self.dtype = dtype
         self.size, self.max_size = size or model.meta.eval_scale, max_size or model.meta.max_size
@@ -111,10 +104,10 @@ class Predictor:
 
         Returns:
             Detections, best first, on the predictor's device; for a folder (by file name) or several images a list,
-            with None for an image that cannot be used. The log says why.
+            with None for an image that cannot be used, which is logged.
 
         Raises:
-            OSError, ValueError: if the only image cannot be used, or a folder holds no image.
+            OSError, ValueError: the only image cannot be used, or a folder holds no image.
         """
         if is_folder(images):
             images = folder_images(Path(images))
@@ -122,27 +115,20 @@ class Predictor:
         several = several or getattr(images, "ndim", 0) == 4
         sources = images if several else [images]
         predictions = list(self.stream(sources, threshold=threshold, top_k=top_k))  # type: ignore[arg-type]
-        if not several:
-            (only,) = predictions
-            if only.error is not None:
-                raise only.error
-            assert only.detections is not None
-            return only.detections
-        for prediction in predictions:
-            if prediction.error is not None:
-                logger.warning("%s", prediction.error)
-        return [prediction.detections for prediction in predictions]
+        for error in (prediction.error for prediction in predictions if prediction.error is not None):
+            if not several:
+                raise error
+            logger.warning("%s", error)
+        found = [prediction.detections for prediction in predictions]
+        return found if several else found[0]  # type: ignore[return-value]
 
     def stream(self, images: Iterable[ImageLike], *, threshold: float = 0.5, top_k: int = 100) -> Iterator[Prediction]:
         """Yield the prediction for each of any number of images, in their order and as early as possible.
 
-        Args:
-            images: images as a call takes them; folders are replaced by their images.
-            threshold: the least score of a detection.
-            top_k: the most detections of an image.
+        The arguments are those of a call; folders are replaced by their images.
 
         Raises:
-            ValueError: if a number is out of its range.
+            ValueError: a number is out of its range.
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is {threshold}, must be in 0..1")
@@ -199,9 +185,8 @@ class Predictor:
             return {index: prediction for part in parts for index, prediction in part.items()}
         heights, widths = zip(*(prepared.size for prepared in batch), strict=True)
         size = max(heights), max(widths)
-        images, padding_mask = pad_images(
-            [prepared.resized for prepared in batch], size if self._sizes is None else self._padded(size)
-        )
+        size = size if self._sizes is None else self._padded(size)
+        images, padding_mask = pad_images([prepared.resized for prepared in batch], size)
         with torch.inference_mode():
             outputs = self._forward(images.to(self.device), padding_mask.to(self.device))
             orig_sizes = torch.tensor([prepared.image.shape[-2:] for prepared in batch])

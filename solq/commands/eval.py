@@ -29,11 +29,7 @@ INPUT_SIZE = (512, 852)  # height and width of the image in the paper's Table 5
 
 
 def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
-    """Print the tables, write metrics.json and results.json, return the metrics; none without annotations.
-
-    Raises:
-        OSError, ValueError: the checkpoint or the dataset cannot be used, or their classes differ.
-    """
+    """Print the tables, write metrics.json and results.json, return the metrics; none without annotations."""
     console = Console()
     device = choose_device(config.device)
     check_at_least(1, size=config.size, max_size=config.max_size, batch_size=config.batch_size)
@@ -117,9 +113,10 @@ def categories_of_labels(model: InstanceSegmenter, dataset: CocoDataset) -> list
         )
     in_model = {i: name for i, name in zip(ids, model.meta.class_names or [""] * len(ids), strict=True) if name}
     for category, name in in_dataset.items():
-        if (in_model and in_model.get(category) != name) or category not in ids:
+        known = in_model.get(category)
+        if (in_model and known != name) or category not in ids:
             raise ValueError(
-                f"category {category} of {dataset.coco_json} is {name!r}, but {in_model.get(category)!r} in the model: "
+                f"category {category} of {dataset.coco_json} is {name!r}, but {known!r} in the model: "
                 "evaluate on the dataset that it was trained for"
             )
     return ids
@@ -166,8 +163,6 @@ def seconds_of(function: Callable[[], object], device: torch.device, repetitions
     """Return the median time of a call."""
     times = []
     for _ in range(repetitions):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         clock = time.perf_counter()
         function()
         if device.type == "cuda":
@@ -180,8 +175,6 @@ def cost_table(costs: dict[str, float], device: torch.device) -> Table:
     """Show the columns of the paper's Table 5."""
     height, width = INPUT_SIZE
     rows = Table("", "parameters (M)", "FLOPs (G)", "images/s", title=f"one image of {height}×{width} on {device}")
-    rows.add_row(
-        "all", f"{costs['parameters'] / 1e6:.2f}", f"{costs['flops'] / 1e9:.2f}", f"{1 / costs['seconds']:.2f}"
-    )
-    rows.add_row("masks alone", f"{costs['mask_parameters'] / 1e6:.2f}", f"{costs['mask_flops'] / 1e9:.2f}", "")
+    for name, part, speed in (("all", "", f"{1 / costs['seconds']:.2f}"), ("masks alone", "mask_", "")):
+        rows.add_row(name, f"{costs[part + 'parameters'] / 1e6:.2f}", f"{costs[part + 'flops'] / 1e9:.2f}", speed)
     return numbers_right(rows)

@@ -1,8 +1,8 @@
-"""`solq export`: a trained model as one file that programs without this package run: images in, detections out.
+"""`solq export`: write a trained model as one file that programs without this package run.
 
-Three formats. ``torch-export`` is a `torch.export` program, ``aoti`` the same compiled ahead of time by AOTInductor,
-``onnx`` for any ONNX runtime. On a CPU a program is made of plain PyTorch operators; on a GPU it calls the Triton
-operators registered as `torch.ops.solq`, so whoever runs it imports `solq.kernels` first.
+There are three formats: ``torch-export`` is a `torch.export` program, ``aoti`` the same compiled ahead of time by
+AOTInductor, ``onnx`` for any ONNX runtime. On a CPU a program is made of plain PyTorch operators; on a GPU it calls the
+Triton operators registered as `torch.ops.solq`, so whoever runs it imports `solq.kernels` first.
 """
 
 import json
@@ -10,10 +10,9 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ ONNX_OPSET = 18
 
 
 def export(config: ExportConfig) -> None:
-    """Write the file, and print what goes in and what comes out.
+    """Write the file, and print its inputs and outputs.
 
     Raises:
         OSError, ValueError: the checkpoint or a setting cannot be used, or the file cannot be written.
@@ -65,7 +64,7 @@ def export(config: ExportConfig) -> None:
 
 
 class Detector(nn.Module):
-    """Images to the K best detections of each: the model with everything around it but resizing and pasting.
+    """Find the K best detections of each image: the model with everything around it but resizing and pasting.
 
     Args:
         model: in eval mode.
@@ -80,7 +79,7 @@ class Detector(nn.Module):
         self.top_k = min(top_k, model.config.num_queries * model.config.num_classes)
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
-        """Detections, best first; see :func:`describe`.
+        """Return detections, best first; see :func:`describe`.
 
         Args:
             images: (B, 3, H, W) uint8.
@@ -92,9 +91,8 @@ class Detector(nn.Module):
         return detections | self.model.masks.export(outputs, selection)
 
 
-@dataclass
-class SizeLimits:
-    """What the batches that a program takes are bounded by; heights and widths are multiples of 32."""
+class SizeLimits(NamedTuple):
+    """The limits of the batches that a program takes; heights and widths are multiples of 32 pixels."""
 
     max_batch: int
     min_size: int
@@ -102,53 +100,48 @@ class SizeLimits:
 
 
 def size_limits(model: InstanceSegmenter, config: ExportConfig) -> SizeLimits:
-    """The settings' limits, or the widest that the model allows.
+    """Return the limits in the settings, or the widest that the model allows.
 
     Raises:
-        ValueError: if they are no multiples of 32, or the model cannot take images of the least size.
+        ValueError: a limit is no multiple of 32, or the model cannot take images of the least size.
     """
     least = model.config.min_image_size
-    largest = config.max_size or max(least + 2 * STRIDE, math.ceil(model.meta.max_size / STRIDE) * STRIDE)
-    limits = SizeLimits(config.max_batch, config.min_size or least, largest)
-    for name in ("min_size", "max_size"):
-        if getattr(limits, name) % STRIDE:
-            raise ValueError(f"{name} is {getattr(limits, name)}, must be a multiple of {STRIDE}")
-    if limits.min_size < least:
-        raise ValueError(f"min_size is {limits.min_size}, must be at least {least} for this model")
-    if limits.max_size < limits.min_size + 2 * STRIDE:
-        raise ValueError(
-            f"max_size is {limits.max_size}, must be at least {limits.min_size + 2 * STRIDE}: "
-            f"{2 * STRIDE} more than min_size"
-        )
-    if limits.max_batch < 2:
-        raise ValueError(f"max_batch is {limits.max_batch}, must be at least 2 (a batch may still be of one image)")
-    return limits
+    min_size = config.min_size or least
+    max_size = config.max_size or max(least + 2 * STRIDE, math.ceil(model.meta.max_size / STRIDE) * STRIDE)
+    for name, size in (("min_size", min_size), ("max_size", max_size)):
+        if size % STRIDE:
+            raise ValueError(f"{name} is {size}, must be a multiple of {STRIDE}")
+    if min_size < least:
+        raise ValueError(f"min_size is {min_size}, must be at least {least} for this model")
+    if max_size < min_size + 2 * STRIDE:
+        needed = min_size + 2 * STRIDE
+        raise ValueError(f"max_size is {max_size}, must be at least {needed}: {2 * STRIDE} more than min_size")
+    if config.max_batch < 2:
+        raise ValueError(f"max_batch is {config.max_batch}, must be at least 2 (a batch may still be of one image)")
+    return SizeLimits(config.max_batch, min_size, max_size)
 
 
 def trace(detector: Detector, limits: SizeLimits, plain_sampling: bool = False) -> torch.export.ExportedProgram:
-    """The detector as a program for batches, heights and widths within the limits.
+    """Trace the detector to a program for batches, heights and widths within the limits.
 
     Args:
-        plain_sampling: with `grid_sample` in deformable attention instead of what is fastest.
+        detector: on the device that the program is for.
+        limits: of the program.
+        plain_sampling: compute deformable attention by `grid_sample` instead of the fastest way.
     """
     device = next(detector.parameters()).device
     H, W = limits.min_size + STRIDE, limits.min_size + 2 * STRIDE  # any that differ
-    B = min(limits.max_batch, 7)  # no size in the model: torch may take two that agree by chance for one
+    B = min(limits.max_batch, 7)  # unusual, so that torch does not unify it with another dimension
     images = torch.zeros(B, 3, H, W, dtype=torch.uint8, device=device)
     padding_mask = torch.zeros(B, H, W, dtype=torch.bool, device=device)
     batch = torch.export.Dim("batch", min=1, max=limits.max_batch)
     bounds = {"min": limits.min_size // STRIDE, "max": limits.max_size // STRIDE}
     height, width = (STRIDE * torch.export.Dim(name, **bounds) for name in ("height_in_32", "width_in_32"))
     sizes = {"images": {0: batch, 2: height, 3: width}, "padding_mask": {0: batch, 1: height, 2: width}}
-    detector.eval().requires_grad_()  # of weights without a gradient torch compares the strides, and fixes the batch
-    with torch.no_grad(), _grid_sample_attention() if plain_sampling else _as_it_is():
+    detector.eval().requires_grad_()  # torch compares strides of weights without a gradient, and fixes the batch
+    with torch.no_grad(), _grid_sample_attention() if plain_sampling else nullcontext():
         # Strict, so that `len` of a tensor stays a symbol.
         return torch.export.export(detector, (images, padding_mask), dynamic_shapes=sizes, strict=True)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -169,7 +162,7 @@ def ms_deform_attn_by_grid_sample(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """`solq.kernels.ms_deform_attn` of operators that ONNX has: a `grid_sample` per level (Deformable DETR, A.2)."""
+    """Compute `solq.kernels.ms_deform_attn` by operators that ONNX has: a `grid_sample` per level."""
     B, _, M, D = value.shape
     Q = sampling_locations.shape[1]
     grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, L, P, 2)
@@ -186,7 +179,7 @@ def ms_deform_attn_by_grid_sample(
 
 
 def describe(detector: Detector, limits: SizeLimits, format: Format, device: torch.device) -> dict[str, Any]:
-    """What the file is, takes and returns; written into it."""
+    """Describe the file, its inputs and outputs; the description is written into it."""
     model, K = detector.model, detector.top_k
     sides = f"H and W multiples of {STRIDE} from {limits.min_size} to {limits.max_size}"
     outputs = {
@@ -208,7 +201,7 @@ def describe(detector: Detector, limits: SizeLimits, format: Format, device: tor
         "outputs": outputs,
         "shorter_side": model.meta.eval_scale,
         "longer_side": model.meta.max_size,
-        "limits": asdict(limits),
+        "limits": limits._asdict(),
         "class_names": model.meta.class_names,
         "category_ids": model.meta.category_ids,
         "license": model.meta.license,
@@ -229,19 +222,14 @@ def write(program: torch.export.ExportedProgram, description: dict[str, Any], pa
 
 
 def _write_onnx(program: torch.export.ExportedProgram, description: dict[str, Any], path: Path) -> None:
-    onnx_program = torch.onnx.export(
-        program,
-        input_names=list(description["inputs"]),
-        output_names=list(description["outputs"]),
-        opset_version=ONNX_OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    inputs, outputs = description["inputs"], description["outputs"]
+    settings: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs), "opset_version": ONNX_OPSET}
+    onnx_program = torch.onnx.export(program, **settings, dynamo=True, verbose=False)
     assert onnx_program is not None
     ir_model = onnx_program.model
     ir_model.metadata_props["solq"] = json.dumps(description, ensure_ascii=False)
     for value in (*ir_model.graph.inputs, *ir_model.graph.outputs):
-        value.doc_string = (description["inputs"] | description["outputs"])[value.name]
+        value.doc_string = (inputs | outputs)[value.name]
     onnx_program.save(path)
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from solq.commands.settings import PredictConfig
 from solq.data.image import folder_images, is_folder, rgb_pixels
-from solq.data.video import VideoWriter, is_video, read_video
+from solq.data.video import is_video, read_video, write_video
 from solq.evaluation import numbers_right
 from solq.files import write_json
 from solq.predictor import Prediction, Predictor, map_ahead
@@ -44,12 +44,7 @@ class _Found:
 
 
 def predict(config: PredictConfig) -> None:
-    """Predict on all files; those that cannot be used are reported in a line each, and the status is then 1.
-
-    Raises:
-        OSError, ValueError: the checkpoint, the class names or the output folder cannot be used.
-        ImportError: a video is given but OpenCV is not installed.
-    """
+    """Predict on all files; those that cannot be used are reported in a line each, and the status is then 1."""
     console = Console()
     if not config.images:
         raise ValueError("no images are given: name files or folders")
@@ -136,13 +131,13 @@ def _predict_video(
     """Write a video with the objects found in each frame; in the results, a frame's number is its image id."""
     source = read_video(video)
     task = progress.add_task(video.name, total=source.num_frames)
-    with VideoWriter(config.output / name, source.frames_per_second) as writer:
+    with write_video(config.output / name, source.frames_per_second) as write:
         try:
             stream = predictor.stream(source.frames, threshold=config.threshold, top_k=config.top_k)
             for frame, prediction in enumerate(stream):
                 assert prediction.detections is not None
                 assert prediction.image is not None
-                writer.write(rgb_pixels(prediction.detections.draw(prediction.image)))
+                write(rgb_pixels(prediction.detections.draw(prediction.image)))
                 found.add(prediction, frame, video)
                 progress.advance(task)
         except KeyboardInterrupt:  # ends a webcam; the frames so far are kept

@@ -67,8 +67,8 @@ def read_annotated_image(path: Path, image_size: tuple[int, int]) -> Tensor:
     rotates it, most as its pixels are stored.
 
     Raises:
-        Exception: of any type, as Pillow's readers have it, if the file is missing, damaged or of an unknown format.
         ValueError: the image has another size.
+        Exception: any type that Pillow's readers raise for a file that is missing, damaged or of an unknown format.
     """
     with Image.open(path) as opened:
         upright = opened if opened.size[::-1] == image_size else ImageOps.exif_transpose(opened)

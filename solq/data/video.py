@@ -1,6 +1,7 @@
 """Read frames of videos and webcams and write videos, through OpenCV (`pip install solq[video]`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,31 +58,23 @@ def read_video(path: Path) -> Video:
     return Video(frames(), count if count > 0 else None, rate if rate > 0 else 25.0)
 
 
-class VideoWriter:
-    """Write frames of one size to an MP4 file, inside a `with`."""
+@contextmanager
+def write_video(path: Path, frames_per_second: float) -> Iterator[Callable[[Tensor], None]]:
+    """Open an MP4 file and yield the function that adds a frame (3, H, W) uint8; all frames have the same size."""
+    cv2 = _opencv()
+    writer = cv2.VideoWriter()
 
-    def __init__(self, path: Path, frames_per_second: float) -> None:
-        self.path, self.frames_per_second = path, frames_per_second
-        self.writer: Any = None  # opened with the first frame, which gives the size
-
-    def __enter__(self) -> "VideoWriter":
-        return self
-
-    def write(self, frame: Tensor) -> None:
-        """Add a frame (3, H, W) uint8."""
-        cv2 = _opencv()
+    def write(frame: Tensor) -> None:
         _, H, W = frame.shape
-        if self.writer is None:
-            self.writer = cv2.VideoWriter(
-                str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.frames_per_second, (W, H)
-            )
-            if not self.writer.isOpened():
-                raise OSError(f"{self.path} cannot be written as MP4")
-        self.writer.write(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()[:, :, ::-1]))
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
+        if not writer.isOpened() and not writer.open(str(path), codec, frames_per_second, (W, H)):
+            raise OSError(f"{path} cannot be written as MP4")
+        writer.write(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()[:, :, ::-1]))
 
-    def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.release()
+    try:
+        yield write
+    finally:
+        writer.release()
 
 
 def _camera(path: Path) -> int | None:
