@@ -108,12 +108,13 @@ def _build(file: dict[str, Any]) -> InstanceSegmenter:
 
 def _check_meta(model: InstanceSegmenter) -> None:
     for name in ("class_names", "category_ids"):
-        check_length(name, getattr(model.meta, name), model.config.num_classes)
+        if values := getattr(model.meta, name):  # otherwise they are not known
+            check_length(name, values, model.config.num_classes)
 
 
 def check_length(name: str, values: list[Any], num_classes: int) -> None:
-    """Raise a ValueError unless there are no values, or one for each class."""
-    if values and len(values) != num_classes:
+    """Raise a ValueError unless there is one value for each class."""
+    if len(values) != num_classes:
         raise ValueError(f"{name} has {len(values)} entries but the model has {num_classes} classes: give one for each")
 
 

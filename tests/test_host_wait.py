@@ -13,13 +13,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solq.kernels.matching.cost import ClassCost
-from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
 from solq.training.config import TrainConfig
 from solq.training.criterion import SetCriterion
@@ -92,12 +92,8 @@ class Finished(Exception):
 
 
 def run(main: ModuleType, data: Path, output: Path, model: dict[str, Any], settings: dict[str, Any]) -> None:
-    small = SOLQConfig(
-        backbone="resnet10", backbone_norm="group", width=64, encoder_layers=1, decoder_layers=2, feedforward=64,
-        num_queries=10, num_coefficients=32, mask_size=32, vector_hidden=64,
-    )  # fmt: skip
     config = TrainConfig(
-        model=replace(small, **model), data=data, output=output, scales=(64,), max_size=64, workers=0, batch_size=2,
+        model=tiny.solq_config(**model), data=data, output=output, scales=(64,), max_size=64, workers=0, batch_size=2,
         backbone_weights="none", steps=100, log_every=100,
     )  # fmt: skip
     with pytest.raises(Finished):
@@ -185,8 +181,8 @@ def test_losses_of_a_list_of_targets_never_wait() -> None:
         }
         for n in (3, 0)
     ]
-    config = SOLQConfig(backbone="resnet10", num_classes=4, width=64, encoder_layers=1, decoder_layers=2)
-    criterion = SetCriterion(HungarianMatcher(), SOLQ(replace(config, num_coefficients=12, mask_size=16)))
+    config = tiny.solq_config(num_classes=4, num_coefficients=12, mask_size=16)
+    criterion = SetCriterion(HungarianMatcher(), SOLQ(config))
     for step in range(2):
         with no_host_wait() if step else contextlib.nullcontext():
             criterion.total(criterion(outputs, targets)).backward()

@@ -109,7 +109,7 @@ def test_kernels_import_nothing_else_of_the_package() -> None:
     ("module", "heavy"),
     [
         ("solq", {"torch", "triton", "scipy", "tensorboard", "timm", "pycocotools", "torchvision", "tyro", "rich"}),
-        ("solq.kernels", {"scipy", "tensorboard", "timm", "pycocotools", "torchvision", "tyro", "rich"}),
+        ("solq.kernels", {"PIL", "scipy", "tensorboard", "timm", "pycocotools", "torchvision", "tyro", "rich"}),
         ("train", {"scipy", "tensorboard", "timm", "faster_coco_eval"}),
     ],
 )

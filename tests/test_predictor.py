@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import as_tensor, picture
 from torch import Tensor, nn
 
 import solq
@@ -25,18 +26,6 @@ def model() -> SOLQ:
 @pytest.fixture
 def predictor(model: SOLQ) -> Predictor:
     return Predictor(model)
-
-
-def picture(height: int = 40, width: int = 60) -> np.ndarray:
-    """Black but for its upper left quarter, which is red above green; nothing in it is symmetric."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[: height // 4, : width // 2, 0] = 255
-    pixels[height // 4 : height // 2, : width // 2, 1] = 255
-    return pixels
-
-
-def as_tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # ---- predicting
@@ -214,7 +203,7 @@ def test_class_names(model):
     assert model.meta.class_names == ["cat", "", "dog"]
     with pytest.raises(ValueError, match="class_names has 2 entries but the model has 3 classes"):
         Predictor(model, class_names=["a", "b"])
-    with pytest.raises(ValueError, match="class_names is empty but the model has 3 classes"):
+    with pytest.raises(ValueError, match="class_names has 0 entries but the model has 3 classes"):
         Predictor(model, class_names=[])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from solq.data.annotations import split_paths
 from solq.detections import ModelMeta
@@ -48,6 +49,19 @@ def solq_model(meta: ModelMeta | None = None, **changes: Any) -> SOLQ:
             torch.nn.init.normal_(parameter)
     model.meta = meta or ModelMeta(CLASS_NAMES, [], 64, 64)
     return model
+
+
+def picture(height: int = 40, width: int = 60) -> np.ndarray:
+    """Draw an image, black but for its upper left quarter, which is red above green, so that nothing is symmetric."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 4, : width // 2, 0] = 255
+    pixels[height // 4 : height // 2, : width // 2, 1] = 255
+    return pixels
+
+
+def as_tensor(pixels: np.ndarray) -> Tensor:
+    """Convert pixels (H, W, C) to a tensor (C, H, W)."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 60), seed: int = 0) -> Path:

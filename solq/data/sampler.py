@@ -1,6 +1,7 @@
 """Choose the images of each training step, from the seed and the step alone."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -8,6 +9,7 @@ from torch.utils.data import Sampler
 Key = tuple[int, int]  # an image's index and the seed of its batch
 
 
+@dataclass(eq=False)
 class TrainSampler(Sampler[list[Key]]):
     """Yield endless batches of keys (index, batch seed), the same for any number of processes.
 
@@ -24,31 +26,23 @@ class TrainSampler(Sampler[list[Key]]):
             With the orientations of the images as groups, batches need less padding.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        groups: Sequence[int] | None = None,
-    ) -> None:
-        if num_samples < 1:
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+    groups: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
             raise ValueError("num_samples is 0: there is nothing to train on")
-        if batch_size < 1 or batch_size % world_size:
+        if self.batch_size < 1 or self.batch_size % self.world_size:
             raise ValueError(
-                f"batch_size is {batch_size}: it must be a positive multiple of the {world_size} processes"
+                f"batch_size is {self.batch_size}: it must be a positive multiple of the {self.world_size} processes"
             )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
-        self.groups = np.zeros(num_samples, np.int64) if groups is None else np.asarray(groups)
-        if len(self.groups) != num_samples:
-            raise ValueError(f"groups has {len(self.groups)} entries but num_samples is {num_samples}")
+        if self.groups is not None and len(self.groups) != self.num_samples:
+            raise ValueError(f"groups has {len(self.groups)} entries but num_samples is {self.num_samples}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,9 +52,10 @@ class TrainSampler(Sampler[list[Key]]):
         """Return the images of every batch of an epoch: (steps, batch size) int64."""
         rng = np.random.default_rng((self.seed, 0, epoch))
         order = rng.permutation(self.num_samples)
+        groups = np.zeros(self.num_samples, np.int64) if self.groups is None else np.asarray(self.groups)
         full, left = [], []
-        for group in np.unique(self.groups):
-            members = order[self.groups[order] == group]
+        for group in np.unique(groups):
+            members = order[groups[order] == group]
             end = len(members) - len(members) % self.batch_size
             full.append(members[:end])
             left.append(members[end:])

@@ -75,17 +75,6 @@ def test_flags_are_answered_before_torch_is_imported(flags):
     assert result.stderr.splitlines()[-1] == "False"
 
 
-def test_kernels_import_torch_and_triton_only():
-    code = (
-        "import sys, solq.kernels; "
-        "print([name for name in ('torchvision', 'PIL', 'pycocotools', 'scipy', 'timm', 'tyro', 'rich')"
-        " if name in sys.modules], [name for name in sys.modules if name.startswith('solq.') "
-        "and not name.startswith('solq.kernels')])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[] []"
-
-
 # ---- predict
 
 

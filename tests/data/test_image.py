@@ -6,21 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from tiny import as_tensor, picture
 
 from solq.data.image import folder_images, read_rgb
-
-
-def picture(height: int = 40, width: int = 60) -> np.ndarray:
-    """Black but for its upper left quarter, which is red above green; nothing in it is symmetric."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[: height // 4, : width // 2, 0] = 255
-    pixels[height // 4 : height // 2, : width // 2, 1] = 255
-    return pixels
-
-
-def as_tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16", "I", "F"])
