@@ -18,12 +18,7 @@ Found = tuple[Image.Image, Detections] | None  # a picture and all detections in
 
 
 def demo(config: DemoConfig) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises:
-        OSError, ValueError: the checkpoint or the device cannot be used, or the port is taken.
-        ImportError: Gradio is not installed.
-    """
+    """Serve the page until Ctrl-C."""
     if config.port is not None and not 0 < config.port < 2**16:
         raise ValueError(f"port is {config.port}, must be in 1..65535")
     page = build_page(Predictor(config.checkpoint, device=config.device), config.threshold)

@@ -32,12 +32,7 @@ ONNX_OPSET = 18
 
 
 def export(config: ExportConfig) -> None:
-    """Write the file, and print its inputs and outputs.
-
-    Raises:
-        OSError, ValueError: the checkpoint or a setting cannot be used, or the file cannot be written.
-        ImportError: ONNX is wanted but not installed.
-    """
+    """Write the file, and print its inputs and outputs."""
     device = choose_device(config.device)
     if config.format == "onnx":
         if device.type != "cpu":

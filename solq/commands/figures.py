@@ -25,9 +25,6 @@ def figures(config: FiguresConfig) -> None:
     """Write NAME-attention.png for each image, and NAME-compared.png if there is a model to compare with.
 
     Images that cannot be used are reported in a line each, and the status is then 1.
-
-    Raises:
-        OSError, ValueError: a checkpoint, a setting or the output folder cannot be used.
     """
     if not config.images:
         raise ValueError("no images are given: name files or folders")

@@ -16,13 +16,7 @@ from solq.models.solq.mask_coding import PCACoding, SparseCoding, save
 
 
 def fit_coding(config: FitCodingConfig) -> Path:
-    """Read masks, fit the coding and save it; return the path of the file.
-
-    Raises:
-        FileNotFoundError: the annotation file or an image is missing.
-        ValueError: the dataset is not in COCO's format, or has fewer masks than coefficients; no such device.
-        ImportError: the sparse coding needs scikit-learn, which is not installed.
-    """
+    """Read masks, fit the coding and save it; return the path of the file."""
     device = choose_device(config.device)
     if config.coding == "pca":
         coding: PCACoding | SparseCoding = PCACoding(config.num_coefficients, config.size)

@@ -22,12 +22,7 @@ PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "faster-co
 
 
 def info(config: InfoConfig) -> None:
-    """Print the report.
-
-    Raises:
-        ValueError: there is no such device.
-        SystemExit: a kernel fails its test; the status is 1.
-    """
+    """Print the report; the status is 1 if a kernel fails its test."""
     console = Console()
     device = choose_device(config.device)
     console.print(facts_table(device))
