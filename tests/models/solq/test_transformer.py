@@ -143,7 +143,7 @@ def test_decoder_layer_step_by_step() -> None:
 
 @torch.no_grad()
 def test_encoder_reference_points() -> None:
-    """A pixel's own centre within its image, mapped onto every level by that level's valid share."""
+    """A pixel's own center within its image, mapped onto every level by that level's valid share."""
     transformer = build().eval()
     seen = arguments_of(transformer.encoder.layers)
     valid = [(3, 4), (2, 2)]
@@ -253,7 +253,7 @@ def test_padding_changes_nothing(two_stage: bool) -> None:
 
 @torch.no_grad()
 def test_proposals_of_two_stages() -> None:
-    """One box per pixel, at its centre and of its level's size; the best by the first class become queries."""
+    """One box per pixel, at its center and of its level's size; the best by the first class become queries."""
     transformer = build(two_stage=True).eval()
     class_embed, bbox_embed = heads()
     valid = [(3, 4), (2, 2)]
