@@ -141,11 +141,11 @@ def evaluate(
     dataset: CocoDataset,
     evaluator: CocoEvaluator,
     device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    console: Console,
     *,
     batch_size: int,
     workers: int,
-    autocast_dtype: torch.dtype | None,
-    console: Console,
 ) -> None:
     """Run `model` over a dataset and pass its detections to `evaluator`, gathered over all processes of the group.
 
@@ -153,10 +153,12 @@ def evaluate(
         model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `postprocess` makes detections of the
             outputs. Not wrapped in DistributedDataParallel: processes may have different numbers of batches.
         dataset: a dataset with an :class:`EvalTransform`; each process takes a part of its images.
-        batch_size: images of a batch in each process.
-        workers: processes that load images, for each process.
+        evaluator: gathers and scores the detections.
+        device: the device of the model.
         autocast_dtype: dtype of the model's forward pass under autocast; None computes in the dtype of its weights.
         console: shows a progress bar of the first process.
+        batch_size: images of a batch in each process.
+        workers: processes that load images, for each process.
 
     Raises:
         ValueError: no image can be read.

@@ -418,16 +418,7 @@ class Samples(list):
 
 def run_evaluation(model: nn.Module, samples: Samples, evaluator: CocoEvaluator, dtype: torch.dtype | None) -> None:
     console = Console(file=io.StringIO())
-    evaluate(
-        model,
-        samples,
-        evaluator,
-        torch.device("cpu"),
-        batch_size=2,
-        workers=0,
-        autocast_dtype=dtype,
-        console=console,
-    )
+    evaluate(model, samples, evaluator, torch.device("cpu"), dtype, console, batch_size=2, workers=0)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -48,16 +48,9 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     dtype = getattr(torch, config.dtype)
     costs = measure(model, device, dtype)
     console.print(cost_table(costs, device))
-    evaluate(
-        model,
-        dataset,
-        evaluator,
-        device,
-        batch_size=config.batch_size or (8 if device.type == "cuda" else 1),
-        workers=config.workers,
-        autocast_dtype=None if config.dtype == "float32" else dtype,
-        console=console,
-    )
+    autocast_dtype = None if config.dtype == "float32" else dtype
+    batch_size = config.batch_size or (8 if device.type == "cuda" else 1)
+    evaluate(model, dataset, evaluator, device, autocast_dtype, console, batch_size=batch_size, workers=config.workers)
     write_json(config.output / "results.json", evaluator.results())
     metrics = evaluator.summarize(per_class=config.per_class)
     console.print(table(metrics))

@@ -34,16 +34,8 @@ def write_report(
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     evaluator = CocoEvaluator(val_set.coco_json, val_set.category_ids, boundary=config.boundary_ap)
-    evaluate(
-        model,
-        val_set,
-        evaluator,
-        device,
-        batch_size=max(1, config.batch_size // config.accumulate // world_size),
-        workers=config.workers,
-        autocast_dtype=amp_dtype,
-        console=console,
-    )
+    batch_size = max(1, config.batch_size // config.accumulate // world_size)
+    evaluate(model, val_set, evaluator, device, amp_dtype, console, batch_size=batch_size, workers=config.workers)
     if rank != 0:
         return
     metrics = evaluator.summarize()
