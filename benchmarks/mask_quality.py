@@ -19,6 +19,7 @@ import torch
 from pycocotools.coco import COCO
 from torch import Tensor
 
+from solq.data.annotations import split_paths
 from solq.kernels import dct_decode_binary, dct_encode, paste_masks
 from solq.kernels.reference import crop_masks
 from solq.models.solq.mask_coding import FlatCoding, PCACoding, SparseCoding
@@ -38,7 +39,7 @@ class Instances(NamedTuple):
 
 
 def read(folder: Path, split: str) -> list[Instances]:
-    coco = COCO(str(folder / "annotations" / f"instances_{split}.json"))
+    coco = COCO(str(split_paths(folder, split)[1]))
     images = []
     for image_id in coco.getImgIds():
         annotations = coco.loadAnns(coco.getAnnIds(image_id, iscrowd=False))

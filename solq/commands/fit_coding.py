@@ -29,7 +29,6 @@ def fit_coding(config: FitCodingConfig) -> Path:
     with console.status(f"fitting {config.coding} coding to {len(masks)} masks"):
         coding.to(device).fit(masks, config.seed)
     output = config.output or Path(f"{config.coding}-{config.num_coefficients}-{config.size}.safetensors")
-    output.parent.mkdir(parents=True, exist_ok=True)
     save(coding, output)
     console.print(
         f"{output}: {config.coding} coding of {coding.num_coefficients} coefficients fitted to {len(masks)} masks, "
