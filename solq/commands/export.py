@@ -9,20 +9,18 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
 from solq.data.batch import normalize
 from solq.devices import choose_device
-from solq.kernels.ms_deform_attn import cpu as reference
+from solq.kernels import use_backend
 from solq.models.base import InstanceSegmenter, select_top_k
 from solq.weights import load
 
@@ -78,7 +76,7 @@ def export(config: ExportConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = size_limits(model, config)
     detector = Detector(model, config.top_k)
-    program = trace(detector, limits, plain_sampling=config.format == "onnx")
+    program = trace(detector, limits, standard_operators=config.format == "onnx")
     description = describe(detector, limits, config.format, device)
     write(program, description, path, config.format)
     print(json.dumps(description["inputs"] | description["outputs"], indent=2, ensure_ascii=False))
@@ -149,11 +147,12 @@ def size_limits(model: InstanceSegmenter, config: ExportConfig) -> SizeLimits:
     return limits
 
 
-def trace(detector: Detector, limits: SizeLimits, plain_sampling: bool = False) -> torch.export.ExportedProgram:
+def trace(detector: Detector, limits: SizeLimits, standard_operators: bool = False) -> torch.export.ExportedProgram:
     """The detector as a program for batches, heights and widths within the limits.
 
     Args:
-        plain_sampling: with `grid_sample` in deformable attention instead of what is fastest.
+        standard_operators: with the definitions of `solq.kernels`, of operators that ONNX has, instead of what is
+            fastest.
     """
     device = next(detector.parameters()).device
     H, W = limits.min_size + STRIDE, limits.min_size + 2 * STRIDE  # any that differ
@@ -165,45 +164,9 @@ def trace(detector: Detector, limits: SizeLimits, plain_sampling: bool = False) 
     height, width = (STRIDE * torch.export.Dim(name, **bounds) for name in ("height_in_32", "width_in_32"))
     sizes = {"images": {0: batch, 2: height, 3: width}, "padding_mask": {0: batch, 1: height, 2: width}}
     detector.eval().requires_grad_()  # of weights without a gradient torch compares the strides, and fixes the batch
-    with torch.no_grad(), _grid_sample_attention() if plain_sampling else _as_it_is():
+    with torch.no_grad(), use_backend("definition") if standard_operators else nullcontext():
         # Strict, so that `len` of a tensor stays a symbol.
         return torch.export.export(detector, (images, padding_mask), dynamic_shapes=sizes, strict=True)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _grid_sample_attention() -> Iterator[None]:
-    """Serve deformable attention on the CPU by :func:`ms_deform_attn_by_grid_sample`."""
-    original = reference.ms_deform_attn
-    reference.ms_deform_attn = ms_deform_attn_by_grid_sample  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        reference.ms_deform_attn = original
-
-
-def ms_deform_attn_by_grid_sample(
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    level_start_index: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    """`solq.kernels.ms_deform_attn` of operators that ONNX has: a `grid_sample` per level (Deformable DETR, A.2)."""
-    B, _, M, D = value.shape
-    Q = sampling_locations.shape[1]
-    grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, L, P, 2)
-    weights = attention_weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B·M, 1, Q, L, P)
-    output = value.new_zeros(B * M, D, Q)
-    for level, ((h, w), start) in enumerate(zip(spatial_shapes, level_start_index, strict=True)):
-        maps = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(B * M, D, h, w)
-        samples = F.grid_sample(maps, grids[:, :, level], align_corners=False)  # (B·M, D, Q, P)
-        output = output + (samples * weights[:, :, :, level]).sum(-1)
-    return output.view(B, M * D, Q).transpose(1, 2)
 
 
 # ---- the file

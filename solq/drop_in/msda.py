@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from solq.kernels import ms_deform_attn
+from solq.kernels.ms_deform_attn.operators import level_table
+from solq.kernels.ms_deform_attn.operators import ms_deform_attn_backward as ms_deform_attn_backward_operator
 from solq.kernels.runtime import backend_for
 
 EXTENSION = "MultiScaleDeformableAttention"
@@ -63,9 +65,10 @@ def ms_deform_attn_backward(
         (grad_value, grad_sampling_loc, grad_attn_weight), of the shapes and dtypes of the three arguments.
     """
     if backend_for(value) == "triton":
-        return torch.ops.solq.ms_deform_attn_backward(
-            grad_output, value, spatial_shapes, level_start_index, sampling_loc, attn_weight
+        grad_value, _, grad_locations, grad_weights = ms_deform_attn_backward_operator(
+            grad_output, None, value, level_table(spatial_shapes, value), None, sampling_loc, attn_weight, False
         )
+        return grad_value, grad_locations, grad_weights
     v, locations, weights = (tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight))
     with torch.enable_grad():
         output = ms_deform_attn_forward(v, spatial_shapes, level_start_index, locations, weights, im2col_step)
