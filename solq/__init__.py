@@ -25,7 +25,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public on its first use: `import solq.kernels` needs torch and triton only."""
+    """Import what is public on its first use: `import solq.kernels` needs torch only."""
     if name not in _HOME:
         raise AttributeError(f"module 'solq' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
