@@ -235,9 +235,7 @@ def describe_run(config: TrainConfig, model: InstanceSegmenter, train_set: CocoD
 def describe_bad_step(step: int, config: TrainConfig, sampler: TrainSampler, dataset: CocoDataset) -> str:
     """Describe a step whose loss is not finite: its images, and what to do."""
     start = step * config.accumulate
-    again = TrainSampler(
-        len(dataset), sampler.batch_size, config.seed, start_step=start, groups=sampler.groups.tolist()
-    )
+    again = TrainSampler(len(dataset), sampler.batch_size, config.seed, start_step=start, groups=sampler.groups)
     keys = [key for batch in islice(again, config.accumulate) for key in batch]
     ids = ", ".join(str(dataset.image_ids[index]) for index, _ in keys)
     return (

@@ -3,8 +3,8 @@
     pytest benchmarks/bench_ms_deform_attn.py --benchmark-only
 
 Contenders: ours and ours fused (Triton, on a GPU only: interpreter times mean nothing), the reference eager and
-compiled, grid_sample (the usual formulation in PyTorch, with its stack of all samples), and where they are importable
-mmcv's operator, Deformable DETR's extension, DCNv4's FlashDeformAttn, and transformers. All but "ours fused" are given
+compiled, grid_sample (the definition: one per level), and where they are importable mmcv's operator, Deformable DETR's
+extension, DCNv4's FlashDeformAttn, and transformers (which stacks all samples). All but "ours fused" are given
 locations and weights; "unfused" is ours with softmax and locations computed by PyTorch, as "ours fused" includes them.
 FlashDeformAttn has no backward pass in bfloat16: in the rows of bfloat16 it is given float16, its locations and logits
 packed as it wants them.
@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
+from solq.kernels.ms_deform_attn import plain
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -46,8 +46,8 @@ class Case(NamedTuple):
         return [tuple(-(-side // stride) for side in self.image) for stride in (8, 16, 32, 64)]  # type: ignore[misc]
 
     @property
-    def centres(self) -> Tensor:
-        """Of all pixels, (S, 2) as (x, y) in 0..1."""
+    def centers(self) -> Tensor:
+        """The centers of all pixels, (S, 2) as (x, y) in 0..1."""
         grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in self.shapes]
         return torch.cat(grids).flip(-1)
 
@@ -79,15 +79,15 @@ class Inputs(NamedTuple):
 
 @lru_cache(maxsize=1)  # contenders take turns at the same inputs
 def make(case: Case, dtype: torch.dtype) -> Inputs:
-    """Points at pixel centres in the encoder; offsets of a few pixels, as trained models have."""
+    """Points at pixel centers in the encoder; offsets of a few pixels, as trained models have."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = case.shapes
     L, S = len(shapes), sum(h * w for h, w in shapes)
-    centres = case.centres
+    centers = case.centers
     if case.decoder:
-        centres = torch.rand(300, 2, generator=generator, device=DEVICE)
-    Q = len(centres)
-    points = centres.to(DEVICE)[None, :, None].expand(case.B, Q, L, 2).contiguous()
+        centers = torch.rand(300, 2, generator=generator, device=DEVICE)
+    Q = len(centers)
+    points = centers.to(DEVICE)[None, :, None].expand(case.B, Q, L, 2).contiguous()
     offsets = torch.randn(case.B, Q, M, L, P, 2, generator=generator, device=DEVICE) * 2
     logits = torch.randn(case.B, Q, M, L, P, generator=generator, device=DEVICE)
     sizes = torch.tensor([(w, h) for h, w in shapes], device=DEVICE)
@@ -132,19 +132,7 @@ reference_compiled.__name__ = "reference_compiled"
 
 
 def grid_sample(i: Inputs) -> Tensor:
-    """The formulation in PyTorch that Deformable DETR and transformers carry: all samples in one tensor."""
-    B, _, M, D = i.value.shape
-    Q = i.locations.shape[1]
-    grids = 2 * i.locations.to(i.value.dtype) - 1
-    sampled = []
-    sizes = [h * w for h, w in i.shapes]
-    for level, (rows, (h, w)) in enumerate(zip(i.value.split(sizes, dim=1), i.shapes, strict=True)):
-        image = rows.flatten(2).transpose(1, 2).reshape(B * M, D, h, w)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = i.weights.to(i.value.dtype).transpose(1, 2).reshape(B * M, 1, Q, -1)
-    output = (torch.stack(sampled, dim=-2).flatten(-2) * weights).sum(-1)
-    return output.view(B, M * D, Q).transpose(1, 2)
+    return plain.ms_deform_attn(i.value, i.shapes, i.locations, i.weights)
 
 
 def mmcv(i: Inputs) -> Tensor:

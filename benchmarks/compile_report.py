@@ -1,7 +1,7 @@
-"""What the compilers make of every kernel, for GPUs that need not be there: `python -m benchmarks.compile_report`.
+"""Compile every kernel for GPUs that need not be there, and report: `python -m benchmarks.compile_report`.
 
-Each module of MODULES has one function `compile_cases()`, a generator of plain tuples, one for every kernel and
-configuration that a launch can choose:
+Each module of `benchmarks.compile_cases` has one function `compile_cases()`, which yields a plain tuple for every
+kernel and configuration that a launch can choose:
 
     (label, kernel, signature, constexprs, attrs, num_warps, num_stages, expectations)
 
@@ -21,7 +21,7 @@ configuration that a launch can choose:
                     "targets": ("sm_90",)  compile for these only
                     "options": {"maxnreg": 64}  options of the launch besides the warps and stages
 
-The report compiles the cases for sm_80, sm_90, sm_100 and gfx942, in as many processes as there are processors, prints
+`report` compiles the cases for sm_80, sm_90, sm_100 and gfx942, in as many processes as there are processors, prints
 one Markdown table, and fails if a case does not compile or does not show what is expected of it.
 """
 
@@ -29,11 +29,11 @@ import argparse
 import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -44,13 +44,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import compile_cases
 from solq.kernels.runtime import LAUNCH_OPTIONS
 
-MODULES = {
-    "ms_deform_attn": "solq.kernels.ms_deform_attn.kernels",
-    "mask_codec": "benchmarks.compile_cases.mask_codec",
-    "matching": "benchmarks.compile_cases.matching",
-}
+MODULES = tuple(module.name for module in pkgutil.iter_modules(compile_cases.__path__))  # an operator family each
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -78,11 +75,12 @@ class Row:
 
 @cache
 def cases(module: str) -> list[tuple[Any, ...]]:
-    return list(importlib.import_module(MODULES[module]).compile_cases())
+    """Return all cases of a module; kernels cannot be passed between processes, so each makes its own."""
+    return list(importlib.import_module(f"benchmarks.compile_cases.{module}").compile_cases())
 
 
 def _occupancy(target: str, num_warps: int, registers: int, shared: int) -> float:
-    """Of 64 warps, 65,536 registers (given to warps in units of 256) and 32 blocks per multiprocessor."""
+    """Return the share of a multiprocessor's 64 warps that fit its 65,536 registers (in units of 256) and 32 blocks."""
     registers_per_warp = -(-registers * 32 // 256) * 256
     blocks = min(65536 // (registers_per_warp * num_warps), 64 // num_warps, 32)
     if shared:
@@ -113,7 +111,7 @@ def _nvidia(target: str, compiled: Any) -> dict[str, Any]:
 
 
 def _atomic_name(line: str) -> str:
-    """`@%p1 red.global.gpu.acq_rel.add.v4.f32 [...]` is red.add.v4.f32."""
+    """Shorten `@%p1 red.global.gpu.acq_rel.add.v4.f32 [...]` to red.add.v4.f32."""
     parts = re.search(r"\b(?:red|atom)\.\S+", line)[0].rstrip(";").split(".")  # type: ignore[index]
     dropped = {"global", "gpu", "acq_rel", "relaxed", "release", "acquire", "noftz", "sys", "cta", "L2"}
     return ".".join(part for part in parts if part.split("::")[0] not in dropped)
@@ -135,6 +133,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
 
 def compile_case(module: str, index: int, target: str) -> Row:
+    """Compile one case for one target, and compare what comes out with its expectations."""
     label, kernel, signature, constexprs, attrs, num_warps, num_stages, expectations = cases(module)[index]
     names = kernel.arg_names
     if missing := set(names) ^ (set(signature) | set(constexprs)):
@@ -161,8 +160,8 @@ def compile_case(module: str, index: int, target: str) -> Row:
     return Row(label=label, target=target, num_warps=num_warps, broken=broken, **found)
 
 
-def report(targets: list[str], match: str = "", modules: Iterable[str] = tuple(MODULES)) -> list[Row]:
-    """A row for every case whose label matches the regular expression `match`, and target."""
+def report(targets: list[str], match: str = "", modules: tuple[str, ...] = MODULES) -> list[Row]:
+    """Compile every case whose label matches the regular expression `match` for the targets, in parallel."""
     jobs = [
         (module, index, target)
         for module in modules

@@ -1,26 +1,26 @@
-"""Count the reductions that an encoder's gradient of `value` takes: `python -m benchmarks.reductions`.
+"""Count the atomic additions that an encoder's gradient of `value` takes: `python -m benchmarks.reductions`.
 
-One per corner and sample, or what is left of them where 64 queries are summed in a window of 16 × 16 pixels first
-(`_window_kernel` in `solq/kernels/ms_deform_attn.py`): one per pixel of the rows that the window's samples meet, and
-one per corner of the samples outside. An image of 800 × 1333; offsets as Deformable DETR's initial ones, one to four
-pixels in the direction of each head, plus normal noise. No GPU is needed, and no time is measured.
+The direct kernel makes one per corner and sample. With windows, where 64 queries are summed in a window of 16 × 16
+pixels first (`solq/kernels/ms_deform_attn/windows.py`), it is one per pixel of the rows that the window's samples meet,
+and one per corner of the samples outside. The image has 800 × 1333 pixels; offsets are Deformable DETR's initial ones,
+one to four pixels in the direction of each head, plus normal noise. No GPU is needed, and no time is measured.
 """
 
 import argparse
-import importlib
 
 import torch
 
 from benchmarks.bench_ms_deform_attn import LARGE, Case, M, P
+from solq.kernels.ms_deform_attn.configuration import Problem
+from solq.kernels.ms_deform_attn.windows import window_configuration, window_constants
 
-kernels = importlib.import_module("solq.kernels.ms_deform_attn.kernels")
-QUERIES, _ = kernels.launch_configuration("windows", "", 32, torch.bfloat16)
-constants = kernels.window_constants(torch.bfloat16, M, 4, P, 32, 2, QUERIES)
+QUERIES, _ = window_configuration("", 32, torch.bfloat16)
+constants = window_constants(Problem(torch.bfloat16, M, 4, P, 32, 2), QUERIES)
 STRIP, WINDOW = constants["STRIP"], constants["WINDOW"]
 
 
 def strips(shapes: list[tuple[int, int]]) -> torch.Tensor:
-    """The pixels in the order of `_strips`."""
+    """List the pixels in the order of `pixel_in_strips`."""
     order, start = [], 0
     for height, width in shapes:
         level = torch.arange(start, start + height * width).view(height, width)
@@ -30,17 +30,17 @@ def strips(shapes: list[tuple[int, int]]) -> torch.Tensor:
 
 
 def count(head: int, noise: float) -> tuple[int, int]:
-    """Reductions of one head, without windows and with them, in rows of channels."""
+    """Count the additions of one head, in rows of channels, without windows and with them."""
     case = Case(LARGE, 32, 1, decoder=False)
     order = strips(case.shapes)
-    centres = case.centres[order]
+    centers = case.centers[order]
     angle = torch.tensor(2 * torch.pi * head / M)
     direction = torch.stack([angle.cos(), angle.sin()])
     direction = direction / direction.abs().max() * torch.arange(1, P + 1)[:, None]
     corners = left_over = 0
     for height, width in case.shapes:
         size = torch.tensor([width, height])
-        position = centres[:, None] * size - 0.5 + direction + noise * torch.randn(len(order), P, 2)
+        position = centers[:, None] * size - 0.5 + direction + noise * torch.randn(len(order), P, 2)
         meets = ((position > -1) & (position < size)).all(-1)
         corners += 4 * int(meets.sum())
         for samples, counts in zip(position.split(QUERIES), meets.split(QUERIES), strict=True):

@@ -1,12 +1,11 @@
 """Measure launch configurations on this machine's GPU: `python -m benchmarks.tune [--json FILE]`.
 
-Prints the entries of `LAUNCH_TABLE` in `solq/kernels/ms_deform_attn.py`: for every D and dtype in use the fastest words
-per block and warps, forward and backward, and queries and warps of the windows in which value's gradient is summed
-((0, 0): none pay), at the encoder's shape of an 800×1333 image. Copy them into the table.
+Prints the entries of `LAUNCH_TABLE` in `solq/kernels/ms_deform_attn/configuration.py`: for every D and dtype in use the
+fastest words per block and warps, forward and backward, and queries and warps of the windows in which value's gradient
+is summed ((0, 0): none pay), at the encoder's shape of an 800×1333 image. Copy them into the table.
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import sys
@@ -18,14 +17,15 @@ import triton
 from triton.testing import do_bench
 
 from benchmarks.bench_ms_deform_attn import LARGE, Case, make, ours_fused
+from solq.kernels.ms_deform_attn.configuration import LAUNCH_TABLE, launch_configuration
+from solq.kernels.ms_deform_attn.windows import window_configuration
 from solq.kernels.runtime import architecture
 
-kernels = importlib.import_module("solq.kernels.ms_deform_attn.kernels")
 DEVICE = torch.device("cuda")
 
 
 def candidates(direction: str, D: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Blocks of 8 to 128 words that a row fills at least half, with 1 to 8 warps; windows of 32 to 128 queries."""
+    """Return blocks of 8 to 128 words, at least half filled by a row, of 1 to 8 warps; windows of 32 to 128 queries."""
     if direction == "windows":
         return [(64, 4), (32, 2), (128, 8), (0, 0)]
     words = D // (2 if dtype.itemsize == 2 and D % 2 == 0 else 1)
@@ -34,10 +34,11 @@ def candidates(direction: str, D: int, dtype: torch.dtype) -> list[tuple[int, in
 
 
 def milliseconds(direction: str, D: int, dtype: torch.dtype, configuration: tuple[int, int]) -> float:
+    """Measure the fused function in one direction, with one configuration in LAUNCH_TABLE."""
     inputs = make(Case(LARGE, D, 2, decoder=False), dtype)
     key = (direction, architecture(DEVICE), D, dtype.itemsize)
-    before = dict(kernels.LAUNCH_TABLE)
-    kernels.LAUNCH_TABLE[key] = configuration
+    before = dict(LAUNCH_TABLE)
+    LAUNCH_TABLE[key] = configuration
     try:
         if direction == "forward":
             with torch.no_grad():
@@ -46,8 +47,16 @@ def milliseconds(direction: str, D: int, dtype: torch.dtype, configuration: tupl
         leaves = [inputs.value, inputs.offsets, inputs.logits]
         return do_bench(lambda: torch.autograd.grad(output, leaves, output, retain_graph=True), quantiles=[0.5])
     finally:
-        kernels.LAUNCH_TABLE.clear()
-        kernels.LAUNCH_TABLE.update(before)
+        LAUNCH_TABLE.clear()
+        LAUNCH_TABLE.update(before)
+
+
+def by_rule(direction: str, D: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the configuration that the launchers choose where nothing was measured."""
+    target = architecture(DEVICE)
+    if direction == "windows":
+        return window_configuration(target, D, dtype)
+    return launch_configuration(direction, target, D, dtype)
 
 
 def main() -> None:
@@ -64,7 +73,7 @@ def main() -> None:
     ):
         times = {c: milliseconds(direction, D, dtype, c) for c in candidates(direction, D, dtype)}
         best = min(times, key=times.__getitem__)
-        rule = kernels.launch_configuration(direction, architecture(DEVICE), D, dtype)
+        rule = by_rule(direction, D, dtype)
         print(f'    ("{direction}", "{architecture(DEVICE)}", {D}, {dtype.itemsize}): {best},', flush=True)
         measured += [
             {

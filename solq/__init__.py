@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Detections", "HungarianMatcher", "Predictor", "SetCriterion", "load", "save"]
 
-_HOME = {
+_MODULES = {
     "Detections": "solq.detections",
     "HungarianMatcher": "solq.training.matcher",
     "SetCriterion": "solq.training.criterion",
@@ -25,7 +25,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public on its first use: `import solq.kernels` needs torch and triton only."""
-    if name not in _HOME:
+    """Import a public name on its first use, so that `import solq.kernels` needs torch only."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'solq' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,7 +1,7 @@
-"""Detections: what a model found in an image, in the pixels of that image, and the facts that it is used with."""
+"""Detections: the objects that a model found in an image, in pixels, and the facts that a model is used with."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from solq.data.image import ImageLike, read_rgb
+from solq.drawing import draw_instances
 from solq.kernels import mask_runs
 
 
@@ -62,51 +64,52 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, kept: Tensor | slice) -> "Detections":
-        """The detections where `kept` is true, or of its indices."""
-        masks, run_lengths = self.masks, self.run_lengths
-        if masks is not None:
-            masks = masks[kept]
+        """Return the detections where `kept` is true, or those of its indices."""
+        run_lengths = self.run_lengths
         if run_lengths is not None:
             index = kept if isinstance(kept, slice) else kept.cpu()
             run_lengths = [run_lengths[k] for k in torch.arange(len(self))[index].tolist()]
-        queries = None if self.queries is None else self.queries[kept]
-        boxes, scores, labels = self.boxes[kept], self.scores[kept], self.labels[kept]
-        return Detections(boxes, scores, labels, masks, self.meta, run_lengths, queries)
+        return replace(self._map(lambda part: part[kept]), run_lengths=run_lengths)
 
     def to(self, device: torch.device | str) -> "Detections":
-        masks = None if self.masks is None else self.masks.to(device)
-        queries = None if self.queries is None else self.queries.to(device)
-        boxes, scores, labels = self.boxes.to(device), self.scores.to(device), self.labels.to(device)
-        return Detections(boxes, scores, labels, masks, self.meta, self.run_lengths, queries)
+        """Copy to a device."""
+        return self._map(lambda part: part.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Detections":
+        """Return the detections with `function` applied to each tensor."""
+        changes: dict[str, Any] = {key: function(part) for key, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **changes)
 
     @property
     def class_names(self) -> list[str]:
-        """The name of each detection's class; "class 3" where it is not known."""
+        """Name the class of each detection; "class 3" where the name is not known."""
         names = dict(enumerate(self.meta.class_names))
         return [names.get(label) or f"class {label}" for label in self.labels.tolist()]
 
-    def draw(self, image: Any, threshold: float = 0.0) -> Image.Image:
-        """The image with the masks, boxes, names and scores of the detections of at least `threshold` on it.
+    @property
+    def names_and_scores(self) -> list[str]:
+        """Describe each detection in a picture, such as "cat 0.93"."""
+        return [f"{name} {score:.2f}" for name, score in zip(self.class_names, self.scores.tolist(), strict=True)]
 
-        `image` is what was predicted on, as :class:`solq.Predictor` takes it. Small ones come back enlarged.
+    def draw(self, image: ImageLike, threshold: float = 0.0) -> Image.Image:
+        """Draw masks, boxes, names and scores of the detections of at least `threshold` on the image.
+
+        `image` is the image that was predicted on, as :class:`solq.Predictor` takes it. Small ones come back enlarged.
+
+        Raises:
+            ValueError: the masks are of another size than the image.
         """
-        from torchvision.transforms.v2.functional import to_pil_image
-
-        from solq.predictor import read_rgb  # imports this module
-        from solq.visualize import draw_detections
-
         pixels = read_rgb(image)
         if self.masks is not None and self.masks.shape[-2:] != pixels.shape[-2:]:
             raise ValueError(
                 f"image is {pixels.shape[1]}x{pixels.shape[2]} but the masks are of an image of "
                 f"{self.masks.shape[1]}x{self.masks.shape[2]} (height x width)"
             )
-        names = dict(zip(self.labels.tolist(), self.class_names, strict=True))
-        of_label = [names.get(label, "") for label in range(max(names, default=-1) + 1)]
-        return to_pil_image(draw_detections(pixels, self.to("cpu"), of_label, threshold))
+        shown = self[self.scores >= threshold].to("cpu")
+        return draw_instances(pixels, shown.boxes, shown.scores, shown.names_and_scores, shown.masks)
 
     def to_supervision(self) -> Any:
-        """A `supervision.Detections` (`pip install solq[supervision]`)."""
+        """Convert to a `supervision.Detections` (`pip install solq[supervision]`)."""
         try:
             import supervision
         except ImportError as error:
@@ -120,7 +123,7 @@ class Detections:
         )
 
     def rle(self) -> list[dict[str, Any]]:
-        """The masks as COCO's compressed run lengths, see :func:`encode_masks`."""
+        """Return the masks as COCO's compressed run lengths, see :func:`encode_masks`."""
         if self.run_lengths is not None:
             return self.run_lengths
         if self.masks is None:
@@ -128,17 +131,18 @@ class Detections:
         return encode_masks(self.masks)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """One entry of COCO's result format per detection; bbox is x y w h in pixels, to a thousandth.
+        """Return an entry of COCO's result format for each detection; bbox is x y w h in pixels, to a thousandth.
 
-        `category_ids` names the category of each label; without it they are those of `meta`, or if it has none the
-        labels are the categories.
+        Args:
+            image_id: the dataset's id of the image.
+            category_ids: the category of each label; None takes those of `meta`, or if it has none the labels.
         """
-        category_ids = self.meta.category_ids or None if category_ids is None else category_ids
+        category_ids = category_ids or self.meta.category_ids
         corner, opposite = self.boxes.double().cpu().split(2, dim=-1)
         boxes = torch.cat([corner, opposite - corner], dim=-1).numpy().round(3).tolist()
         scores = self.scores.double().cpu().numpy().round(6).tolist()
         labels = self.labels.tolist()
-        if category_ids is not None:
+        if category_ids:
             if labels and max(labels) >= len(category_ids):
                 raise ValueError(
                     f"image {image_id} has label {max(labels)} but there are {len(category_ids)} categories"
@@ -154,7 +158,7 @@ class Detections:
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """Masks (K, H, W) bool as COCO's compressed run lengths: dicts of `size` [H, W] and `counts`, a str."""
+    """Encode masks (K, H, W) bool as COCO's compressed run lengths: dicts of `size` [H, W] and `counts`, a str."""
     if len(masks) == 0:
         return []
     if masks.is_cuda:  # only where the runs end is copied to the host
@@ -163,11 +167,11 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     return [rle | {"counts": rle["counts"].decode()} for rle in encoded]
 
 
-def encode_runs(places: Tensor, counts: Tensor, image_size: tuple[int, int]) -> list[dict[str, Any]]:
-    """The same of what :func:`solq.kernels.paste_runs` gives."""
+def encode_runs(positions: Tensor, counts: Tensor, image_size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Encode the ends of runs, in the form of :func:`solq.kernels.mask_runs`, as COCO's compressed run lengths."""
     if len(counts) == 0:
         return []
     H, W = image_size
-    of_mask = np.split(places.cpu().numpy(), counts.cumsum(0).cpu().numpy()[:-1])
-    runs = [{"size": [H, W], "counts": np.diff(ends, prepend=0, append=H * W)} for ends in of_mask]
+    ends_of_masks = np.split(positions.cpu().numpy(), counts.cumsum(0).cpu().numpy()[:-1])
+    runs = [{"size": [H, W], "counts": np.diff(ends, prepend=0, append=H * W)} for ends in ends_of_masks]
     return [rle | {"counts": rle["counts"].decode()} for rle in coco_mask.frPyObjects(runs, H, W)]

@@ -1,11 +1,10 @@
-"""Files of trained weights: written as safetensors; read from there, from training checkpoints, from official SOLQ.
+"""Write trained models as safetensors; read them from there, from training checkpoints and from published files.
 
 No reader here runs code from a file.
 """
 
 import argparse
 import json
-import os
 import pickle
 import re
 import warnings
@@ -20,55 +19,51 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from solq.detections import ModelMeta
+from solq.errors import first_line
+from solq.files import atomic_write
 from solq.models import MODELS, build
 from solq.models.base import InstanceSegmenter
 
-WRAPPED = "module."  # what modules that wrap a model, for several devices or an average, put before its names
+WRAPPED = "module."  # prefix of a model's tensors in a module that wraps it, for several devices or an average
 
 
 def save(model: InstanceSegmenter, path: str | Path) -> None:
-    """Write a model as safetensors; `model.config` and `model.meta` (class names, licence, …) go into its metadata.
+    """Write a model as safetensors; `model.config` and `model.meta` (class names, license, …) go into its metadata.
 
     A file of that name is replaced only by a complete one.
 
     Raises:
-        ValueError: if `path` does not end in .safetensors, or `model.meta` does not fit the model's classes.
-        OSError: if it cannot be written.
+        ValueError: `path` does not end in .safetensors, or `model.meta` does not fit the model's classes.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path is {path}, must end in .safetensors")
-    for name in ("class_names", "category_ids"):
-        check_length(name, getattr(model.meta, name), model.config.num_classes)
+    _check_meta(model)
     metadata = {"format": "pt", "model": model.name, "license": model.meta.license}
-    metadata |= {
-        "model_config": json.dumps(asdict(model.config), default=str),
-        "model_meta": json.dumps(asdict(model.meta)),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
+    metadata["model_config"] = json.dumps(asdict(model.config), default=str)
+    metadata["model_meta"] = json.dumps(asdict(model.meta))
+    tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
     try:
-        tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-        unfinished.write_bytes(serialize(tensors, metadata))  # save_file would make it readable by its owner only
+        with atomic_write(path) as file:
+            file.write(serialize(tensors, metadata))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written ({error}): free some space, or name another file") from error
-    os.replace(unfinished, path)
 
 
 def load(path: str | Path) -> InstanceSegmenter:
-    """A model in eval mode, on the CPU in float32, from a file of one of these kinds, told apart by what they hold.
+    """Read a model, in eval mode, on the CPU in float32, from a file of one of these kinds, told apart by its content.
 
     * `.safetensors` of :func:`save`.
-    * A checkpoint of `train.py`; of its weights the moving average, if there is one.
+    * A checkpoint of `train.py`: the moving average of the weights, if there is one.
     * An official SOLQ checkpoint: ResNet-50 or 101 or a Swin transformer, one or two stages. The architecture follows
-      from the names and sizes of its tensors. What they do not tell is taken from the settings in the file, where
-      there are any, and else as published: 8 heads, masks coded at 128×128, 300 queries of a two-stage model.
+      from the names and sizes of the tensors; the rest is taken from the settings in the file, where there are any, or
+      is as published: 8 heads, masks coded at 128×128, 300 queries of a two-stage model.
     * A published QueryInst checkpoint of mmdetection: ResNet-50 or 101, any number of queries and classes.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is none of these, is damaged, would run code, or does not fit the model that it describes.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is none of these, is damaged, would run code, or does not fit the model that it describes.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,12 +71,11 @@ def load(path: str | Path) -> InstanceSegmenter:
     file = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     try:
         model = _build(file if path.suffix == ".safetensors" else _entries(file))
-        for name in ("class_names", "category_ids"):
-            check_length(name, getattr(model.meta, name), model.config.num_classes)
+        _check_meta(model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # settings that another program wrote may be anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} has settings that make no model ({reason}): use another file") from error
     return model.eval()
 
@@ -113,9 +107,15 @@ def _build(file: dict[str, Any]) -> InstanceSegmenter:
     return model
 
 
+def _check_meta(model: InstanceSegmenter) -> None:
+    for name in ("class_names", "category_ids"):
+        if values := getattr(model.meta, name):  # otherwise they are not known
+            check_length(name, values, model.config.num_classes)
+
+
 def check_length(name: str, values: list[Any], num_classes: int) -> None:
-    """Class names and category ids are either not known or there is one for every class."""
-    if values and len(values) != num_classes:
+    """Raise a ValueError unless there is one value for each class."""
+    if len(values) != num_classes:
         raise ValueError(f"{name} has {len(values)} entries but the model has {num_classes} classes: give one for each")
 
 
@@ -137,10 +137,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> Any:
-    """What a file holds. Nothing but tensors, plain containers and a Namespace of settings is made of it."""
+    """Read a file of `torch.save`; only tensors, plain containers and a Namespace of settings are unpickled."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; what comes of them is an error
+            warnings.simplefilter("ignore")  # about pickle protocols: those that matter are errors
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
@@ -149,12 +149,11 @@ def _read_pickle(path: Path) -> Any:
             f"{path} is refused: {why}, and no file may run code; nothing was run. Ask for the weights as .safetensors"
         ) from error
     except Exception as error:  # readers of zip files and of tensors each raise their own
-        reason = str(error).splitlines()[0] if " " in str(error) else repr(error)
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): use another one") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint ({first_line(error)}): use another one") from error
 
 
 def _entries(file: Any) -> dict[str, Any]:
-    """What a model is made from, of the content of a checkpoint of `train.py` or of the official code."""
+    """Extract weights and settings from the content of a checkpoint of `train.py` or of the official code."""
     if isinstance(file, Mapping) and "model" not in file and all(isinstance(value, Tensor) for value in file.values()):
         file = {"model": file}  # the bare weights
     if isinstance(file, Mapping) and "model" not in file and "state_dict" in file:
@@ -186,29 +185,31 @@ def _fill(model: InstanceSegmenter, weights: Mapping[str, Tensor], names: Mappin
     """Copy weights into a model.
 
     Args:
-        names: for each tensor of the model its names in `weights`, which must hold the same values under all of them.
-            A tensor that is no weight but a constant of the model may be there, with the model's value.
+        model: filled in place.
+        weights: tensors by the names of the file.
+        names: the names in the file of each of the model's tensors; under all of them must be the same values. A
+            constant of the model may be in the file, with the model's value.
+
+    Raises:
+        ValueError: tensors are missing, superfluous, of another shape, or differ; all are named.
     """
     state, constants = model.state_dict(), dict(model.named_buffers())
-    expected = {name for of_tensor in names.values() for name in of_tensor}
-    missing = [name for key in state for name in names[key] if name not in weights]
-    problems = {
-        "lacks": missing,
-        "holds what the model lacks:": [name for name in weights if name not in expected],
-    }
+    expected = {name for file_names in names.values() for name in file_names}
     different, unequal = [], []
-    for key, of_tensor in names.items():
-        present = [name for name in of_tensor if name in weights]
+    for key, file_names in names.items():
+        present = {name: weights[name] for name in file_names if name in weights}
         wanted = state[key] if key in state else constants[key]
-        different += [
-            f"{name} {list(weights[name].shape)} instead of {list(wanted.shape)}"
-            for name in present
-            if weights[name].shape != wanted.shape
-        ]
-        first = weights[present[0]] if key in state and present else wanted
-        unequal += [name for name in present if not torch.equal(weights[name], first)]
-    problems |= {"holds tensors of another shape:": different, "holds different values under": unequal}
-    found = [f"the file {what} {', '.join(keys)}" for what, keys in problems.items() if keys]
+        shape = list(wanted.shape)
+        different += [f"{n} {list(t.shape)} instead of {shape}" for n, t in present.items() if list(t.shape) != shape]
+        first = next(iter(present.values()), wanted) if key in state else wanted
+        unequal += [name for name, tensor in present.items() if not torch.equal(tensor, first)]
+    problems = {
+        "lacks": [name for key in state for name in names[key] if name not in weights],
+        "holds what the model lacks:": [name for name in weights if name not in expected],
+        "holds tensors of another shape:": different,
+        "holds different values under": unequal,
+    }
+    found = [f"the file {problem} {', '.join(keys)}" for problem, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{'; '.join(found)} (model: {model.config})")
     model.load_state_dict({key: weights[names[key][0]] for key in state})

@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which `solq.kernels` does
 
+from solq.data import shapes
 from solq.kernels import use_backend
 
 REPOSITORY = Path(__file__).parent.parent
@@ -37,6 +38,14 @@ def coco_tiny() -> Path:
     folder = Path(os.environ.get("SOLQ_COCO_TINY", REPOSITORY.parent / "shared" / "data" / "coco-tiny"))
     if not folder.is_dir():
         pytest.skip(f"no real images: {folder} is not there (set SOLQ_COCO_TINY)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shapes dataset of ten training and three validation images; its tests must not change it."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.generate(folder, num_train=10, num_val=3, image_size=64)
     return folder
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from stub_model import postprocess
 from torch import Tensor, nn
 
-from solq.data.batch import collate
+from solq.data.transforms import EvalTransform
 from solq.detections import Detections
 from solq.evaluation import METRICS, CocoEvaluator, class_table, evaluate, load_ground_truth, table
 
@@ -86,13 +86,11 @@ def evaluator_of(path: Path, shift: int = 0, **settings: bool) -> CocoEvaluator:
     return evaluator
 
 
-def directly(path: Path, results: list[dict], iou_type: str, image_ids: list[int] | None = None) -> np.ndarray:
+def directly(path: Path, results: list[dict], iou_type: str) -> np.ndarray:
     """The twelve numbers by pycocotools alone."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
         evaluation = COCOeval(truth, truth.loadRes(results), iou_type)
-        if image_ids:
-            evaluation.params.imgIds = image_ids
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -163,16 +161,15 @@ def test_boundary_ap_against_boundaries_by_hand(tmp_path):
 def test_results_are_what_loadres_takes(tmp_path):
     path = write(tmp_path, dataset())
     evaluator = evaluator_of(path, shift=5)
-    evaluator.save(tmp_path / "new" / "results.json")
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["results.json"]
-    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(evaluator.results()))
+    results = json.loads((tmp_path / "results.json").read_text())
     assert {entry["category_id"] for entry in results} == set(CATEGORIES)
     first = results[0]
     assert set(first) == {"image_id", "category_id", "bbox", "score", "segmentation"}
     assert (first["image_id"], first["category_id"], first["bbox"]) == (11, 3, [10.0, 5.0, 20.0, 20.0])
     assert isinstance(first["segmentation"]["counts"], str)
     with contextlib.redirect_stdout(io.StringIO()):
-        assert len(COCO(str(path)).loadRes(str(tmp_path / "new" / "results.json")).anns) == len(results)
+        assert len(COCO(str(path)).loadRes(str(tmp_path / "results.json")).anns) == len(results)
     metrics = evaluator.summarize()
     assert_is(metrics, "box", directly(path, json.loads(json.dumps(results)), "bbox"))
     assert json.loads(json.dumps(evaluator.results())) == results, "summarize changed the results"
@@ -185,11 +182,10 @@ def test_an_image_seen_twice_counts_once(tmp_path):
     assert evaluator.results() == before
 
 
-def test_only_seen_images(tmp_path):
+def test_objects_of_unseen_images_are_missed(tmp_path):
     path = write(tmp_path, dataset())
     evaluator = CocoEvaluator(path, CATEGORIES)
     evaluator.update([11, 13], [found(11), found(13)])
-    assert evaluator.summarize(only_seen_images=True)["mask/AP"] == pytest.approx(1)
     results = [{key: value for key, value in entry.items() if key != "bbox"} for entry in evaluator.results()]
     assert_is(evaluator.summarize(), "mask", directly(path, results, "segm"))
     assert evaluator.summarize()["mask/AP"] < 0.7
@@ -358,13 +354,13 @@ def test_unknown_images_and_labels_are_named(tmp_path):
 
 
 def test_annotation_files_that_are_none(tmp_path):
-    with pytest.raises(OSError, match=r"cannot read the annotation file .*nowhere.json: No such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json is missing"):
         CocoEvaluator(tmp_path / "nowhere.json", CATEGORIES)
     for content in ([1, 2], {"images": []}):
-        with pytest.raises(ValueError, match=r"annotations.json is not an annotation file in COCO's format"):
+        with pytest.raises(ValueError, match=r"annotations.json is not in COCO's format"):
             CocoEvaluator(write(tmp_path, content), CATEGORIES)
     (tmp_path / "annotations.json").write_text("{")
-    with pytest.raises(ValueError, match=r"annotations.json is not an annotation file in COCO's format"):
+    with pytest.raises(ValueError, match=r"annotations.json is not JSON"):
         CocoEvaluator(tmp_path / "annotations.json", CATEGORIES)
     stray = dataset()
     stray["annotations"][1]["image_id"] = 99
@@ -395,9 +391,9 @@ class Oracle(nn.Module):
                 boxes[image, query] = torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0])
         return {"pred_logits": logits, "pred_boxes": boxes}
 
-    def postprocess(self, outputs: dict, orig_sizes: Tensor, top_k: int, run_lengths: bool) -> list[Detections]:
+    def postprocess(self, outputs: dict, orig_sizes: Tensor, run_lengths: bool) -> list[Detections]:
         assert run_lengths
-        return postprocess(outputs, orig_sizes, lambda outputs, i, q, boxes, size: rectangles(boxes.round()), top_k)
+        return postprocess(outputs, orig_sizes, lambda outputs, i, q, boxes, size: rectangles(boxes.round()))
 
 
 def sample(image_id: int, size: tuple[int, int]) -> tuple[Tensor, dict]:
@@ -413,22 +409,43 @@ def sample(image_id: int, size: tuple[int, int]) -> tuple[Tensor, dict]:
     return torch.full((3, *size), 200, dtype=torch.uint8), target
 
 
+class Samples(list):
+    """A dataset of given samples, None for a damaged image, that evaluation pads to 64×96."""
+
+    transform = EvalTransform(64, 96)
+    coco_json, images = Path("annotations.json"), Path("val2017")
+
+
+def run_evaluation(model: nn.Module, samples: Samples, evaluator: CocoEvaluator, dtype: torch.dtype | None) -> None:
+    console = Console(file=io.StringIO())
+    evaluate(
+        model,
+        samples,
+        evaluator,
+        torch.device("cpu"),
+        batch_size=2,
+        workers=0,
+        autocast_dtype=dtype,
+        console=console,
+    )
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_loop_scores_an_oracle_with_1(tmp_path, dtype):
-    loader = [
-        collate([sample(11, (40, 60)), sample(12, (64, 96))], sizes=[(64, 96)]),
-        collate([None], sizes=[(64, 96)]),  # a damaged image
-        collate([sample(13, (64, 96)), None, sample(20, (32, 48))], sizes=[(64, 96)]),
-    ]
+    first, last = [sample(11, (40, 60)), sample(12, (64, 96))], [sample(13, (64, 96)), None, sample(20, (32, 48))]
     evaluator = CocoEvaluator(write(tmp_path, dataset()), CATEGORIES, boundary=True)
     model = Oracle(list(OBJECTS)).train()
-    counts: list[int] = []
-    evaluate(model, loader, evaluator, torch.device("cpu"), autocast_dtype=dtype, progress=counts.append)
-    assert counts == [2, 2]
-    assert model.calls == [(torch.float32, False, dtype or torch.float32)] * 2
+    run_evaluation(model, Samples([*first, None, None, *last]), evaluator, dtype)
+    assert model.calls == [(torch.float32, False, dtype or torch.float32)] * 3, "no call for two damaged images"
     assert model.training
     metrics = evaluator.summarize()
     assert [metrics[f"{kind}/AP"] for kind in ("box", "mask", "boundary")] == pytest.approx([1, 1, 1])
+
+
+def test_damaged_images_alone_cannot_be_evaluated(tmp_path):
+    evaluator = CocoEvaluator(write(tmp_path, dataset()), CATEGORIES)
+    with pytest.raises(ValueError, match=r"no image of annotations.json can be read: restore the files in val2017"):
+        run_evaluation(Oracle([]), Samples([None]), evaluator, None)
 
 
 def test_two_processes_count_every_image_once(tmp_path):
@@ -448,6 +465,6 @@ def _one_of_two_processes(rank: int, path: Path, folder: Path) -> None:
     for image_id in ([11, 12, 13], [20, 11])[rank]:
         evaluator.update([image_id], [found(image_id, shift=5)])
     evaluator.gather()
-    evaluator.save(folder / f"results{rank}.json")
+    (folder / f"results{rank}.json").write_text(json.dumps(evaluator.results()))
     (folder / f"metrics{rank}.json").write_text(json.dumps(evaluator.summarize()))
     torch.distributed.destroy_process_group()

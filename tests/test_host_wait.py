@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solq.data import shapes
 from solq.kernels.matching import ClassCostForm
 from solq.models.queryinst.config import QueryInstConfig
 from solq.models.solq.config import SOLQConfig
@@ -61,13 +61,6 @@ def no_host_wait() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.generate(folder, num_train=8, num_val=1, image_size=64)
-    return folder
-
-
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """train.py, stopped after five batches, of which the last four fail where the host waits."""
@@ -100,14 +93,8 @@ class Finished(Exception):
     """Raised after the steps to be watched."""
 
 
-SMALL = SOLQConfig(
-    backbone="resnet10", backbone_norm="group", width=64, encoder_layers=1, decoder_layers=2, feedforward=64,
-    num_queries=10, num_coefficients=32, mask_size=32, vector_hidden=64,
-)  # fmt: skip
-QUERYINST = QueryInstConfig(
-    backbone="resnet10", backbone_norm="group", width=64, num_stages=2, feedforward=64, num_queries=10,
-    dynamic_width=16, mask_convs=1, mask_size=32,
-)  # fmt: skip
+SMALL = tiny.solq_config(num_levels=4)
+QUERYINST = tiny.queryinst_config()
 
 
 def run(
@@ -140,9 +127,9 @@ def run(
     ],
 )
 def test_steps_never_wait(
-    model: SOLQConfig | QueryInstConfig, settings: dict[str, Any], data: Path, tmp_path: Path, main: ModuleType
+    model: SOLQConfig | QueryInstConfig, settings: dict[str, Any], shapes_folder: Path, tmp_path: Path, main: ModuleType
 ) -> None:
-    run(main, data, tmp_path / "run", model, settings)
+    run(main, shapes_folder, tmp_path / "run", model, settings)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +144,11 @@ def test_steps_never_wait(
     ids=["item", "mask", "to", "copy", "index"],
 )
 def test_waits_are_seen(
-    wait: Callable[[Tensor], object], data: Path, tmp_path: Path, main: ModuleType, monkeypatch: pytest.MonkeyPatch
+    wait: Callable[[Tensor], object],
+    shapes_folder: Path,
+    tmp_path: Path,
+    main: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     normalize = main.normalize
 
@@ -167,7 +158,7 @@ def test_waits_are_seen(
 
     monkeypatch.setattr(main, "normalize", waiting)
     with pytest.raises((RuntimeError, AssertionError)):
-        run(main, data, tmp_path / "run", SMALL, {})
+        run(main, shapes_folder, tmp_path / "run", SMALL, {})
 
 
 @pytest.mark.parametrize("class_cost_form", ["focal", "softmax"])
@@ -202,8 +193,8 @@ def test_losses_of_a_list_of_targets_never_wait() -> None:
         }
         for n in (3, 0)
     ]
-    config = SOLQConfig(backbone="resnet10", num_classes=4, width=64, encoder_layers=1, decoder_layers=2)
-    criterion = SetCriterion(HungarianMatcher(), SOLQ(replace(config, num_coefficients=12, mask_size=16)))
+    config = tiny.solq_config(num_classes=4, num_coefficients=12, mask_size=16)
+    criterion = SetCriterion(HungarianMatcher(), SOLQ(config))
     for step in range(2):
         with no_host_wait() if step else contextlib.nullcontext():
             criterion.total(criterion(outputs, targets)).backward()

@@ -44,10 +44,8 @@ STATEFUL = [*SMALL, *STATE.split()]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.generate(folder, num_train=10, num_val=3, image_size=64)
-    return folder
+def data(shapes_folder: Path) -> Path:
+    return shapes_folder
 
 
 @pytest.fixture

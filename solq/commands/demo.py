@@ -1,45 +1,24 @@
 """`solq demo`: a local web page to try a model on pictures."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from PIL import Image
 
+from solq.commands.settings import DemoConfig
+from solq.data.image import pil_image, read_rgb
 from solq.detections import Detections
-from solq.predictor import Predictor, read_rgb
+from solq.predictor import Predictor
 
 if TYPE_CHECKING:
     import gradio
 
-LEAST_SCORE = 0.05  # what the model finds below it is not kept, so that the slider has something to move over
+MIN_SCORE = 0.05  # detections of a lower score are not kept; the slider starts here
 
-Found = tuple[Image.Image, Detections] | None  # a picture and all that the model found in it
-
-
-@dataclass
-class DemoConfig:
-    """Try a model on a local web page: upload a picture, move the threshold, see the masks."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A file of solq.save, of train.py, or an official SOLQ checkpoint."""
-    device: str = "auto"
-    host: str = "127.0.0.1"
-    """Address to serve; 0.0.0.0 lets other machines see the page."""
-    port: int | None = None
-    """The first free one from 7860 unless given."""
-    threshold: float = 0.4
-    """Least score of an object, where the slider starts."""
+Found = tuple[Image.Image, Detections] | None  # a picture and all detections in it
 
 
 def demo(config: DemoConfig) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises:
-        OSError, ValueError: the checkpoint or the device cannot be used, or the port is taken.
-        ImportError: Gradio is not installed.
-    """
+    """Serve the page until Ctrl-C."""
     if config.port is not None and not 0 < config.port < 2**16:
         raise ValueError(f"port is {config.port}, must be in 1..65535")
     page = build_page(Predictor(config.checkpoint, device=config.device), config.threshold)
@@ -47,30 +26,29 @@ def demo(config: DemoConfig) -> None:
 
 
 def build_page(predictor: Predictor, threshold: float = 0.4) -> "gradio.Blocks":
-    """The page. A picture is run through the model once; moving the threshold only draws it again.
+    """Build the page. A picture runs through the model once; moving the threshold only draws it again.
 
     Raises:
-        ImportError: if Gradio is not installed.
-        ValueError: if the threshold is not in the slider's range.
+        ImportError: Gradio is not installed.
+        ValueError: the threshold is outside of the slider's range.
     """
     try:
         import gradio
     except ImportError as error:
         raise ImportError("the demo needs Gradio: pip install solq[demo]") from error
-    if not LEAST_SCORE <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}, must be in {LEAST_SCORE}..1")
+    if not MIN_SCORE <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, must be in {MIN_SCORE}..1")
 
     def find(path: str | None, threshold: float) -> tuple[Found, Image.Image | None, list[list[Any]]]:
         if path is None:
             return None, None, []
         try:
             image = read_rgb(path)
-            detections = predictor(image, threshold=LEAST_SCORE)
+            detections = predictor(image, threshold=MIN_SCORE)
         except (OSError, ValueError) as error:
             raise gradio.Error(str(error)) from error
         assert isinstance(detections, Detections)
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        found = picture, detections.to("cpu")
+        found = pil_image(image), detections.to("cpu")
         return found, *show(found, threshold)
 
     def show(found: Found, threshold: float) -> tuple[Image.Image | None, list[list[Any]]]:
@@ -87,10 +65,10 @@ def build_page(predictor: Predictor, threshold: float = 0.4) -> "gradio.Blocks":
         found = gradio.State(None)
         with gradio.Row():
             with gradio.Column():
-                # A file, not pixels: it is turned as its EXIF entry says, and of any kind that Pillow reads.
+                # As a file and not as pixels, so that EXIF rotation and every format of Pillow are handled.
                 sources = ["upload", "clipboard"]
                 picture = gradio.Image(type="filepath", image_mode=None, label="Picture", sources=sources)
-                slider = gradio.Slider(LEAST_SCORE, 1, threshold, step=0.01, label="Threshold", elem_id="threshold")
+                slider = gradio.Slider(MIN_SCORE, 1, threshold, step=0.01, label="Threshold", elem_id="threshold")
             with gradio.Column():
                 result = gradio.Image(show_label=False, interactive=False, elem_id="result")
                 headers = ["class", "score", "x0", "y0", "x1", "y1"]

@@ -1,32 +1,27 @@
-"""`solq export`: a trained model as one file that programs without this package run: images in, detections out.
+"""`solq export`: write a trained model as one file that programs without this package run.
 
-Three formats. ``torch-export`` is a `torch.export` program, ``aoti`` the same compiled ahead of time by AOTInductor,
-``onnx`` for any ONNX runtime. On a CPU a program is made of plain PyTorch operators; on a GPU it calls the Triton
-operators registered as `torch.ops.solq`, so whoever runs it imports `solq.kernels` first.
+There are three formats: ``torch-export`` is a `torch.export` program, ``aoti`` the same compiled ahead of time by
+AOTInductor, ``onnx`` for any ONNX runtime. On a CPU a program is made of plain PyTorch operators; on a GPU it calls the
+Triton operators registered as `torch.ops.solq`, so whoever runs it imports `solq.kernels` first.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
+from solq.commands.settings import ExportConfig, Format
 from solq.data.batch import normalize
 from solq.devices import choose_device
-from solq.kernels.ms_deform_attn import cpu as reference
+from solq.kernels import use_backend
 from solq.models.base import InstanceSegmenter, select_top_k
 from solq.weights import load
-
-Format = Literal["torch-export", "aoti", "onnx"]
 
 SUFFIXES: dict[Format, str] = {"torch-export": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}
 DESCRIPTION = "solq.json"  # the file with the description inside a torch.export program
@@ -34,35 +29,8 @@ STRIDE = 32  # of C5: images are padded to multiples of it
 ONNX_OPSET = 18
 
 
-@dataclass
-class ExportConfig:
-    """Write a model as one file: images in, detections out. docs/export.md shows how each format is run."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A file of solq.save, of train.py, or an official SOLQ checkpoint."""
-    format: Format = "torch-export"
-    """A torch.export program, an AOTInductor package (needs a C++ compiler), or ONNX."""
-    output: Path | None = None
-    """File to write; the checkpoint's name with another ending unless given."""
-    top_k: int = 100
-    """Detections of an image, whatever their scores; fixed in the file."""
-    max_batch: int = 16
-    """Most images of a batch."""
-    min_size: int | None = None
-    """Least height and width of a padded image, a multiple of 32; the least that the model takes unless given."""
-    max_size: int | None = None
-    """Most height and width of a padded image, a multiple of 32; as in the model's evaluation unless given."""
-    device: str = "cpu"
-    """The kind of device that the file is for: cpu or cuda."""
-
-
 def export(config: ExportConfig) -> None:
-    """Write the file, and print what goes in and what comes out.
-
-    Raises:
-        OSError, ValueError: the checkpoint or a setting cannot be used, or the file cannot be written.
-        ImportError: ONNX is wanted but not installed.
-    """
+    """Write the file, and print its inputs and outputs."""
     device = choose_device(config.device)
     if config.format == "onnx":
         if device.type != "cpu":
@@ -78,7 +46,7 @@ def export(config: ExportConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = size_limits(model, config)
     detector = Detector(model, config.top_k)
-    program = trace(detector, limits, plain_sampling=config.format == "onnx")
+    program = trace(detector, limits, standard_operators=config.format == "onnx")
     description = describe(detector, limits, config.format, device)
     write(program, description, path, config.format)
     print(json.dumps(description["inputs"] | description["outputs"], indent=2, ensure_ascii=False))
@@ -89,7 +57,7 @@ def export(config: ExportConfig) -> None:
 
 
 class Detector(nn.Module):
-    """Images to the K best detections of each: the model with everything around it but resizing and pasting.
+    """Find the K best detections of each image: the model with everything around it but resizing and pasting.
 
     Args:
         model: in eval mode.
@@ -104,7 +72,7 @@ class Detector(nn.Module):
         self.top_k = min(top_k, model.config.num_queries * model.config.num_classes)
 
     def forward(self, images: Tensor, padding_mask: Tensor) -> dict[str, Tensor]:
-        """Detections, best first; see :func:`describe`.
+        """Return detections, best first; see :func:`describe`.
 
         Args:
             images: (B, 3, H, W) uint8.
@@ -116,9 +84,8 @@ class Detector(nn.Module):
         return detections | self.model.masks.export(outputs, selection)
 
 
-@dataclass
-class SizeLimits:
-    """What the batches that a program takes are bounded by; heights and widths are multiples of 32."""
+class SizeLimits(NamedTuple):
+    """The limits of the batches that a program takes; heights and widths are multiples of 32 pixels."""
 
     max_batch: int
     min_size: int
@@ -126,91 +93,56 @@ class SizeLimits:
 
 
 def size_limits(model: InstanceSegmenter, config: ExportConfig) -> SizeLimits:
-    """The settings' limits, or the widest that the model allows.
+    """Return the limits in the settings, or the widest that the model allows.
 
     Raises:
-        ValueError: if they are no multiples of 32, or the model cannot take images of the least size.
+        ValueError: a limit is no multiple of 32, or the model cannot take images of the least size.
     """
     least = model.config.min_image_size
-    largest = config.max_size or max(least + 2 * STRIDE, math.ceil(model.meta.max_size / STRIDE) * STRIDE)
-    limits = SizeLimits(config.max_batch, config.min_size or least, largest)
-    for name in ("min_size", "max_size"):
-        if getattr(limits, name) % STRIDE:
-            raise ValueError(f"{name} is {getattr(limits, name)}, must be a multiple of {STRIDE}")
-    if limits.min_size < least:
-        raise ValueError(f"min_size is {limits.min_size}, must be at least {least} for this model")
-    if limits.max_size < limits.min_size + 2 * STRIDE:
-        raise ValueError(
-            f"max_size is {limits.max_size}, must be at least {limits.min_size + 2 * STRIDE}: "
-            f"{2 * STRIDE} more than min_size"
-        )
-    if limits.max_batch < 2:
-        raise ValueError(f"max_batch is {limits.max_batch}, must be at least 2 (a batch may still be of one image)")
-    return limits
+    min_size = config.min_size or least
+    max_size = config.max_size or max(least + 2 * STRIDE, math.ceil(model.meta.max_size / STRIDE) * STRIDE)
+    for name, size in (("min_size", min_size), ("max_size", max_size)):
+        if size % STRIDE:
+            raise ValueError(f"{name} is {size}, must be a multiple of {STRIDE}")
+    if min_size < least:
+        raise ValueError(f"min_size is {min_size}, must be at least {least} for this model")
+    if max_size < min_size + 2 * STRIDE:
+        needed = min_size + 2 * STRIDE
+        raise ValueError(f"max_size is {max_size}, must be at least {needed}: {2 * STRIDE} more than min_size")
+    if config.max_batch < 2:
+        raise ValueError(f"max_batch is {config.max_batch}, must be at least 2 (a batch may still be of one image)")
+    return SizeLimits(config.max_batch, min_size, max_size)
 
 
-def trace(detector: Detector, limits: SizeLimits, plain_sampling: bool = False) -> torch.export.ExportedProgram:
-    """The detector as a program for batches, heights and widths within the limits.
+def trace(detector: Detector, limits: SizeLimits, standard_operators: bool = False) -> torch.export.ExportedProgram:
+    """Trace the detector to a program for batches, heights and widths within the limits.
 
     Args:
-        plain_sampling: with `grid_sample` in deformable attention instead of what is fastest.
+        detector: on the device that the program is for.
+        limits: of the program.
+        standard_operators: use the definitions in `solq.kernels`, of operators that ONNX has, instead of what is
+            fastest.
     """
     device = next(detector.parameters()).device
     H, W = limits.min_size + STRIDE, limits.min_size + 2 * STRIDE  # any that differ
-    B = min(limits.max_batch, 7)  # no size in the model: torch may take two that agree by chance for one
+    B = min(limits.max_batch, 7)  # unusual, so that torch does not unify it with another dimension
     images = torch.zeros(B, 3, H, W, dtype=torch.uint8, device=device)
     padding_mask = torch.zeros(B, H, W, dtype=torch.bool, device=device)
     batch = torch.export.Dim("batch", min=1, max=limits.max_batch)
     bounds = {"min": limits.min_size // STRIDE, "max": limits.max_size // STRIDE}
     height, width = (STRIDE * torch.export.Dim(name, **bounds) for name in ("height_in_32", "width_in_32"))
     sizes = {"images": {0: batch, 2: height, 3: width}, "padding_mask": {0: batch, 1: height, 2: width}}
-    detector.eval().requires_grad_()  # of weights without a gradient torch compares the strides, and fixes the batch
-    with torch.no_grad(), _grid_sample_attention() if plain_sampling else _as_it_is():
+    detector.eval().requires_grad_()  # torch compares strides of weights without a gradient, and fixes the batch
+    with torch.no_grad(), use_backend("definition") if standard_operators else nullcontext():
         # Strict, so that `len` of a tensor stays a symbol.
         return torch.export.export(detector, (images, padding_mask), dynamic_shapes=sizes, strict=True)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _grid_sample_attention() -> Iterator[None]:
-    """Serve deformable attention on the CPU by :func:`ms_deform_attn_by_grid_sample`."""
-    original = reference.ms_deform_attn
-    reference.ms_deform_attn = ms_deform_attn_by_grid_sample  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        reference.ms_deform_attn = original
-
-
-def ms_deform_attn_by_grid_sample(
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    level_start_index: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    """`solq.kernels.ms_deform_attn` of operators that ONNX has: a `grid_sample` per level (Deformable DETR, A.2)."""
-    B, _, M, D = value.shape
-    Q = sampling_locations.shape[1]
-    grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, L, P, 2)
-    weights = attention_weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B·M, 1, Q, L, P)
-    output = value.new_zeros(B * M, D, Q)
-    for level, ((h, w), start) in enumerate(zip(spatial_shapes, level_start_index, strict=True)):
-        maps = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(B * M, D, h, w)
-        samples = F.grid_sample(maps, grids[:, :, level], align_corners=False)  # (B·M, D, Q, P)
-        output = output + (samples * weights[:, :, :, level]).sum(-1)
-    return output.view(B, M * D, Q).transpose(1, 2)
 
 
 # ---- the file
 
 
 def describe(detector: Detector, limits: SizeLimits, format: Format, device: torch.device) -> dict[str, Any]:
-    """What the file is, takes and returns; written into it."""
+    """Describe the file, its inputs and outputs; the description is written into it."""
     model, K = detector.model, detector.top_k
     sides = f"H and W multiples of {STRIDE} from {limits.min_size} to {limits.max_size}"
     outputs = {
@@ -232,7 +164,7 @@ def describe(detector: Detector, limits: SizeLimits, format: Format, device: tor
         "outputs": outputs,
         "shorter_side": model.meta.eval_scale,
         "longer_side": model.meta.max_size,
-        "limits": asdict(limits),
+        "limits": limits._asdict(),
         "class_names": model.meta.class_names,
         "category_ids": model.meta.category_ids,
         "license": model.meta.license,
@@ -253,19 +185,14 @@ def write(program: torch.export.ExportedProgram, description: dict[str, Any], pa
 
 
 def _write_onnx(program: torch.export.ExportedProgram, description: dict[str, Any], path: Path) -> None:
-    onnx_program = torch.onnx.export(
-        program,
-        input_names=list(description["inputs"]),
-        output_names=list(description["outputs"]),
-        opset_version=ONNX_OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    inputs, outputs = description["inputs"], description["outputs"]
+    settings: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs), "opset_version": ONNX_OPSET}
+    onnx_program = torch.onnx.export(program, **settings, dynamo=True, verbose=False)
     assert onnx_program is not None
     ir_model = onnx_program.model
     ir_model.metadata_props["solq"] = json.dumps(description, ensure_ascii=False)
     for value in (*ir_model.graph.inputs, *ir_model.graph.outputs):
-        value.doc_string = (description["inputs"] | description["outputs"])[value.name]
+        value.doc_string = (inputs | outputs)[value.name]
     onnx_program.save(path)
 
 

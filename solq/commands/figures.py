@@ -2,56 +2,29 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
+from solq.commands.settings import FiguresConfig
+from solq.data.image import ImageLike, expand_folders, pil_image, read_rgb
 from solq.detections import Detections
+from solq.drawing import MARGIN, TITLE_SIZE, compose_page
 from solq.models.base import Attention
-from solq.predictor import ImageLike, Predictor, expand_folders, read_rgb
+from solq.predictor import Predictor
 
 PANEL_SIDE = 560  # pixels of a panel's longer side
-FINER = 3  # pictures are drawn so many times larger, then reduced: smooth circles and lines
-FONT_SIZE = 17
-MARGIN = 14
+SUPERSAMPLING = 3  # pictures are drawn so many times larger, then reduced: smooth circles and lines
 COLORS = ((48, 60, 190), (40, 170, 235), (120, 230, 110), (255, 215, 40), (245, 70, 30))  # from no weight to the most
-
-
-@dataclass
-class FiguresConfig:
-    """Draw where the decoder looks for an object (the paper's Figure 4), and two models side by side (3 and 5)."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A file of solq.save, of train.py, or an official SOLQ checkpoint."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Images, or folders of images."""
-    compare: Path | None = None
-    """Another checkpoint, for example with separate masks, whose predictions are drawn beside."""
-    output: Path = Path("figures")
-    """Folder to write to."""
-    objects: int = 3
-    """Most objects of an image whose attention is drawn, the best first."""
-    layer: int = -1
-    """Decoder layer, from 0, or from -1 backwards."""
-    threshold: float = 0.4
-    """Least score of an object."""
-    device: str = "auto"
 
 
 def figures(config: FiguresConfig) -> None:
     """Write NAME-attention.png for each image, and NAME-compared.png if there is a model to compare with.
 
-    What cannot be used is reported in a line each, and ends the program with status 1.
-
-    Raises:
-        OSError, ValueError: a checkpoint, a setting or the output folder cannot be used.
+    Images that cannot be used are reported in a line each, and the status is then 1.
     """
     if not config.images:
         raise ValueError("no images are given: name files or folders")
@@ -99,11 +72,11 @@ def attend(
 def attention_figure(
     predictor: Predictor, image: ImageLike, objects: int = 3, layer: int = -1, threshold: float = 0.4
 ) -> Image.Image:
-    """An image with its detections, then for each of the best the points that its query sampled, coloured by weight.
+    """Draw an image with its detections, then for each of the best the points that its query sampled, by weight.
 
     Raises:
-        ValueError: if the model finds no object in the image.
-        OSError: if it cannot be read.
+        ValueError: the model finds no object in the image.
+        OSError: the image cannot be read.
     """
     pixels = read_rgb(image)
     try:
@@ -115,95 +88,84 @@ def attention_figure(
     detections = detections.to("cpu")
     assert detections.queries is not None
     queries = detections.queries.tolist()
-    picture = to_pil_image(pixels)
-    panels = [(f"{len(detections)} objects" if len(detections) > 1 else "1 object", detections.draw(pixels))]
+    panels = [("1 object" if len(detections) == 1 else f"{len(detections)} objects", detections.draw(pixels))]
     shown = [(query, n) for n, query in enumerate(queries) if query not in queries[:n]][:objects]  # a query once
-    most = max(float(attention.weights[query].max()) for query, _ in shown)
+    largest = max(float(attention.weights[query].max()) for query, _ in shown)
     for query, index in shown:
-        title = f"{detections.class_names[index]} {float(detections.scores[index]):.2f}"
-        panel = _draw_attention(
-            picture, attention.locations[query], attention.weights[query] / most, detections[index : index + 1]
-        )
-        panels.append((title, panel))
-    return _page(panels, scale=f"attention weight, 0 to {most:.2f}")
+        weights = attention.weights[query] / largest
+        panel = _draw_attention(pil_image(pixels), attention.locations[query], weights, detections[index : index + 1])
+        panels.append((detections.names_and_scores[index], panel))
+    return _add_scale(_page(panels), f"attention weight, 0 to {largest:.2f}")
 
 
 def _draw_attention(image: Image.Image, locations: Tensor, weights: Tensor, detection: Detections) -> Image.Image:
-    """The image, darker outside of the object, with its box and the sampling points on it; weights are in 0..1."""
-    size = _panel_size(image, FINER)
+    """Draw the image, darker outside the object, with its box and the sampling points; weights are in 0..1."""
+    size = _panel_size(image, SUPERSAMPLING)
     grey = Image.blend(image.convert("L").convert("RGB"), image, 0.35).resize(size, Image.Resampling.BICUBIC)
     canvas = grey.point(lambda value: value * 0.45)
     if detection.masks is not None:
-        mask = to_pil_image(detection.masks[0].byte() * 255).resize(size, Image.Resampling.BILINEAR)
+        mask = Image.fromarray(detection.masks[0].byte().numpy() * 255).resize(size, Image.Resampling.BILINEAR)
         canvas.paste(grey.point(lambda value: min(255, value * 0.8 + 25)), mask=mask)
     draw = ImageDraw.Draw(canvas)
     x_scale, y_scale = size[0] / image.width, size[1] / image.height
     x0, y0, x1, y1 = detection.boxes[0].tolist()
     box = (x0 * x_scale, y0 * y_scale, max(x0, x1) * x_scale, max(y0, y1) * y_scale)
-    draw.rectangle(box, outline="white", width=2 * FINER)
+    draw.rectangle(box, outline="white", width=2 * SUPERSAMPLING)
     order = weights.flatten().argsort()  # the heaviest on top
     points, shares = locations.flatten(0, 2)[order].cpu(), weights.flatten()[order].cpu()
     for (x, y), share in zip((points * torch.tensor(size)).tolist(), shares.tolist(), strict=True):
-        radius = FINER * (2.5 + 5.0 * share**0.5)
+        radius = SUPERSAMPLING * (2.5 + 5.0 * share**0.5)
         circle = (x - radius, y - radius, x + radius, y + radius)
-        draw.ellipse(circle, fill=_color(share), outline="black", width=FINER // 2)
+        draw.ellipse(circle, fill=_color(share), outline="black", width=SUPERSAMPLING // 2)
     return canvas.resize(_panel_size(image), Image.Resampling.LANCZOS)
+
+
+def _add_scale(page: Image.Image, label: str) -> Image.Image:
+    """Add the scale of colors below a page."""
+    taller = Image.new("RGB", (page.width, page.height + TITLE_SIZE + MARGIN), "white")
+    taller.paste(page)
+    draw, font = ImageDraw.Draw(taller), ImageFont.load_default(TITLE_SIZE)
+    left, top, length = page.width - MARGIN - 220, page.height, 220
+    for step in range(length):
+        draw.line((left + step, top, left + step, top + TITLE_SIZE), _color(step / (length - 1)))
+    draw.text((left - MARGIN - draw.textlength(label, font), top - 2), label, "black", font)
+    return taller
+
+
+def _color(share: float) -> tuple[int, int, int]:
+    """Interpolate the color of a weight in 0..1 between those of COLORS."""
+    steps = list(pairwise(COLORS))
+    step = min(int(share * len(steps)), len(steps) - 1)
+    part = share * len(steps) - step
+    red, green, blue = (round(low + part * (high - low)) for low, high in zip(*steps[step], strict=True))
+    return red, green, blue
 
 
 # ---- two models
 
 
 def comparison_figure(predictors: Sequence[Predictor], image: ImageLike, threshold: float = 0.4) -> Image.Image:
-    """An image, and beside it what each of some models finds in it.
+    """Draw an image, and beside it the objects that each of some models finds in it.
 
     Raises:
-        OSError, ValueError: if it cannot be read.
+        OSError, ValueError: the image cannot be read.
     """
     pixels = read_rgb(image)
-    panels = [("image", to_pil_image(pixels))]
+    panels = [("image", pil_image(pixels))]
     for predictor in predictors:
         detections = predictor(pixels, threshold=threshold)
         assert isinstance(detections, Detections)
-        title = f"{predictor.model.masks.title}, {len(detections)} objects"
-        panels.append((title, detections.draw(pixels)))
+        panels.append((f"{predictor.model.masks.title}, {len(detections)} objects", detections.draw(pixels)))
     return _page(panels)
 
 
-# ---- pages
+def _page(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Put pictures in a row, each with its title above it."""
+    titles, pictures = zip(*panels, strict=True)
+    row = [picture.resize(_panel_size(picture), Image.Resampling.LANCZOS) for picture in pictures]
+    return compose_page([row], titles)
 
 
-def _page(panels: Sequence[tuple[str, Image.Image]], scale: str | None = None) -> Image.Image:
-    """Pictures in a row, each with a title above it, and below them, if it has a name, the scale of colours."""
-    pictures = [picture.resize(_panel_size(picture), Image.Resampling.LANCZOS) for _, picture in panels]
-    font = ImageFont.load_default(FONT_SIZE)
-    header, footer = FONT_SIZE + 2 * MARGIN, FONT_SIZE + MARGIN if scale else 0
-    width = MARGIN + sum(picture.width + MARGIN for picture in pictures)
-    height = header + max(picture.height for picture in pictures) + MARGIN + footer
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    left = MARGIN
-    for (title, _), picture in zip(panels, pictures, strict=True):
-        draw.text((left, MARGIN), title, "black", font)
-        page.paste(picture, (left, header))
-        left += picture.width + MARGIN
-    if scale:
-        top, length = height - footer, 220
-        left = width - MARGIN - length
-        for step in range(length):
-            draw.line((left + step, top, left + step, top + FONT_SIZE), _color(step / (length - 1)))
-        draw.text((left - MARGIN - draw.textlength(scale, font), top - 2), scale, "black", font)
-    return page
-
-
-def _panel_size(image: Image.Image, finer: int = 1) -> tuple[int, int]:
-    factor = finer * PANEL_SIDE / max(image.size)
+def _panel_size(image: Image.Image, supersampling: int = 1) -> tuple[int, int]:
+    factor = supersampling * PANEL_SIDE / max(image.size)
     return max(1, round(image.width * factor)), max(1, round(image.height * factor))
-
-
-def _color(share: float) -> tuple[int, int, int]:
-    """The colour of a weight in 0..1, between those of COLORS."""
-    steps = list(pairwise(COLORS))
-    step = min(int(share * len(steps)), len(steps) - 1)
-    part = share * len(steps) - step
-    red, green, blue = (round(low + part * (high - low)) for low, high in zip(*steps[step], strict=True))
-    return red, green, blue

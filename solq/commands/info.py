@@ -1,4 +1,4 @@
-"""`solq info`: what a bug report needs: versions, device, backend, and whether the kernels compute what they should."""
+"""`solq info`: print what a bug report needs: versions, device, backend, and a test of the kernels."""
 
 import platform
 import time
@@ -12,27 +12,17 @@ from rich.table import Table
 from torch import Tensor
 
 from solq import __version__, kernels
+from solq.commands.settings import InfoConfig
 from solq.devices import choose_device
+from solq.errors import first_line
 from solq.kernels import reference, use_backend
 from solq.kernels.runtime import INTERPRETED, backend_for
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "pycocotools", "faster-coco-eval", "safetensors", "timm")
 
 
-@dataclass
-class InfoConfig:
-    """Show versions, device and backend; test each kernel against its definition."""
-
-    device: str = "auto"
-
-
 def info(config: InfoConfig) -> None:
-    """Print the report.
-
-    Raises:
-        ValueError: if there is no such device.
-        SystemExit: with status 1, if a kernel fails its test.
-    """
+    """Print the report; the status is 1 if a kernel fails its test."""
     console = Console()
     device = choose_device(config.device)
     console.print(facts_table(device))
@@ -42,62 +32,64 @@ def info(config: InfoConfig) -> None:
         console.print("kernels: not tested, Triton needs a GPU (TRITON_INTERPRET=1 solq info runs them interpreted)")
         return
     rows = Table("kernel", "largest error", "allowed", "seconds", "", title="each kernel against its definition")
-    failed = False
+    all_passed = True
     for name, case in kernel_cases(device).items():
         clock = time.perf_counter()
-        passed, error = run_case(case)
-        failed |= not passed
+        passed, error = run_case(name, case)
+        all_passed &= passed
         seconds = f"{time.perf_counter() - clock:.1f}"
         rows.add_row(name, error, f"{case.tolerance:g}", seconds, "passed" if passed else "FAILED")
     console.print(rows)
-    if failed:
-        console.print("a kernel computes something else than its definition: please report this with the text above")
+    if not all_passed:
+        console.print("a kernel differs from its definition: please report this with the text above")
         raise SystemExit(1)
 
 
 def facts_table(device: torch.device) -> Table:
-    """Versions and hardware."""
-    rows = Table(show_header=False)
-    rows.add_row("solq", __version__)
+    """List versions and hardware."""
+    facts = {"solq": __version__}
     for package in PACKAGES:
         try:
-            rows.add_row(package, version(package))
+            facts[package] = version(package)
         except PackageNotFoundError:
-            rows.add_row(package, "not installed")
-    rows.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    rows.add_row("CUDA or HIP of torch", torch.version.cuda or torch.version.hip or "none")
-    rows.add_row("CPU", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    rows.add_row("device", str(device))
+            facts[package] = "not installed"
+    facts["python"] = f"{platform.python_version()} on {platform.platform()}"
+    facts["CUDA or HIP of torch"] = torch.version.cuda or torch.version.hip or "none"
+    facts["CPU"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    facts["device"] = str(device)
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         size = f"{gpu.total_memory / 2**30:.0f} GiB"
-        rows.add_row(f"GPU {index}", f"{gpu.name}, {size}, capability {gpu.major}.{gpu.minor}")
+        facts[f"GPU {index}"] = f"{gpu.name}, {size}, capability {gpu.major}.{gpu.minor}"
+    rows = Table(show_header=False)
+    for fact in facts.items():
+        rows.add_row(*fact)
     return rows
 
 
 def backend_and_reason(device: torch.device) -> tuple[str, str]:
-    """What serves tensors on this device, and why."""
-    backend = backend_for(torch.empty(0, device=device))
+    """Return the backend for tensors on this device, and the reason."""
     if device.type == "cuda":
-        return backend, "tensors on a GPU are served by Triton kernels"
-    if INTERPRETED:
-        return backend, "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors, slowly"
-    why = "torch finds no GPU" if not torch.cuda.is_available() else "the device asked for is the CPU"
-    return backend, f"{why}; plain PyTorch computes the same"
+        reason = "tensors on a GPU are served by Triton kernels"
+    elif INTERPRETED:
+        reason = "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors, slowly"
+    else:
+        found = "the device asked for is the CPU" if torch.cuda.is_available() else "torch finds no GPU"
+        reason = f"{found}; plain PyTorch computes the same"
+    return backend_for(torch.empty(0, device=device)), reason
 
 
 @dataclass
 class Case:
-    """A call of an operator, and how far kernel and definition may be apart."""
+    """A call of an operator, and the allowed difference between kernel and definition."""
 
-    operator: str
     arguments: tuple
     tolerance: float
     gradients: bool = False
 
 
 def kernel_cases(device: torch.device) -> dict[str, Case]:
-    """Small random calls of every operator that has a kernel."""
+    """Make small random calls of every operator that has a kernel."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape: int) -> Tensor:
@@ -105,52 +97,48 @@ def kernel_cases(device: torch.device) -> dict[str, Case]:
 
     shapes = torch.tensor([[8, 6], [4, 3]], device=device)
     starts = torch.tensor([0, 48], device=device)
-    value, weights, points = rand(2, 60, 2, 48), rand(2, 5, 2, 2, 4).flatten(-2).softmax(-1), rand(2, 5, 2, 2, 4, 2)
+    value, points = rand(2, 60, 2, 48), rand(2, 5, 2, 2, 4, 2)
+    weights = rand(2, 5, 2, 8).softmax(-1).unflatten(-1, (2, 4))
+    fused = (value, shapes, starts, rand(2, 5, 2, 2), rand(2, 5, 2, 2, 4, 2), rand(2, 5, 2, 2, 4))
     boxes = torch.tensor([[2.5, 3.0, 20.0, 17.5], [-4.0, 6.0, 9.0, 40.0]], device=device)
     offsets = torch.tensor([0, 3, 5], device=device)
     masks = rand(2, 24, 32) > 0.5
     coefficients = reference.dct_encode(rand(2, 16, 16) > 0.5, 64)
-    centres = torch.cat([rand(2, 2, 6, 2), 0.1 + 0.4 * rand(2, 2, 6, 2)], dim=-1)
+    query_boxes = torch.cat([rand(2, 2, 6, 2), 0.1 + 0.4 * rand(2, 2, 6, 2)], dim=-1)
+    labels = torch.tensor([0, 2, 1, 1, 0], device=device)
     return {
-        "ms_deform_attn": Case(
-            "ms_deform_attn", (value, shapes, starts, points, weights.unflatten(-1, (2, 4))), 1e-4, gradients=True
-        ),
-        "ms_deform_attn_fused": Case(
-            "ms_deform_attn_fused",
-            (value, shapes, starts, rand(2, 5, 2, 2), rand(2, 5, 2, 2, 4, 2), rand(2, 5, 2, 2, 4)),
-            1e-4,
-            gradients=True,
-        ),
-        "dct_encode": Case("dct_encode", (masks[:, :16, :16], 64), 1e-3),
-        "dct_decode": Case("dct_decode", (coefficients, 16), 1e-3),
-        "crop_dct_encode": Case("crop_dct_encode", (masks, boxes, 16, 64), 1e-3),
-        "dct_decode_paste": Case("dct_decode_paste", (coefficients, boxes, (24, 32), 16), 0.01),
-        "matching_cost": Case(
-            "matching_cost",
-            (rand(2, 2, 6, 3), centres, torch.tensor([0, 2, 1, 1, 0], device=device), centres[0, 0, :5], offsets),
-            1e-3,
-        ),
-        "linear_assignment": Case("linear_assignment", (rand(2, 5, 6), offsets), 0.0),
+        "ms_deform_attn": Case((value, shapes, starts, points, weights), 1e-4, gradients=True),
+        "ms_deform_attn_fused": Case(fused, 1e-4, gradients=True),
+        "dct_encode": Case((masks[:, :16, :16], 64), 1e-3),
+        "dct_decode": Case((coefficients, 16), 1e-3),
+        "crop_dct_encode": Case((masks, boxes, 16, 64), 1e-3),
+        "dct_decode_paste": Case((coefficients, boxes, (24, 32), 16), 0.01),
+        "matching_cost": Case((rand(2, 2, 6, 3), query_boxes, labels, query_boxes[0, 0, :5], offsets), 1e-3),
+        "linear_assignment": Case((rand(2, 5, 6), offsets), 0.0),
     }
 
 
-def run_case(case: Case) -> tuple[bool, str]:
-    """Whether kernel and definition agree, gradients included, and their largest difference; or what went wrong."""
+def run_case(operator: str, case: Case) -> tuple[bool, str]:
+    """Compare kernel and definition, gradients included.
+
+    Returns:
+        whether they agree, and their largest difference or the error of the kernel.
+    """
     try:
-        by_kernel, by_definition = (_outcome(module, case) for module in (kernels, reference))
+        by_kernel, by_definition = (_outcome(module, operator, case) for module in (kernels, reference))
     except Exception as error:  # whatever stops a kernel belongs into the report
-        return False, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return False, f"{type(error).__name__}: {first_line(error)}"
     errors = [
-        # Of masks the share of pixels that differ: a value on the threshold may fall on either side.
+        # Masks differ by a share of their pixels: a value at the threshold may fall on either side.
         float((a != b).float().mean() if a.dtype == torch.bool else (a.double() - b.double()).abs().max())
         for a, b in zip(by_kernel, by_definition, strict=True)
     ]
     return max(errors) <= case.tolerance, f"{max(errors):.1e}"
 
 
-def _outcome(module: object, case: Case) -> list[Tensor]:
-    """The result, and the gradients of the arguments that have some."""
-    function: Callable[..., Tensor] = getattr(module, case.operator)
+def _outcome(module: object, operator: str, case: Case) -> list[Tensor]:
+    """Return the result of a call, and the gradients of its arguments where there are any."""
+    function: Callable[..., Tensor] = getattr(module, operator)
     arguments = [
         a.clone().requires_grad_(case.gradients and a.is_floating_point()) if isinstance(a, Tensor) else a
         for a in case.arguments

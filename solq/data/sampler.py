@@ -1,6 +1,7 @@
-"""The order of training: which images make the batch of a step, computed from the seed and the step alone."""
+"""Choose the images of each training step, from the seed and the step alone."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -8,8 +9,9 @@ from torch.utils.data import Sampler
 Key = tuple[int, int]  # an image's index and the seed of its batch
 
 
+@dataclass(eq=False)
 class TrainSampler(Sampler[list[Key]]):
-    """Endless batches of keys (index, batch seed), the same for any number of processes.
+    """Yield endless batches of keys (index, batch seed), the same for any number of processes.
 
     An epoch shuffles the images and shows each once; its last batch is filled up with images of its beginning. The
     batch of a step depends on `seed` and the step only, so a run that starts at `start_step` continues another.
@@ -17,50 +19,43 @@ class TrainSampler(Sampler[list[Key]]):
     Args:
         num_samples: number of images.
         batch_size: images of a step, over all processes.
-        seed: of order and augmentation.
+        seed: seed of order and augmentation.
         rank, world_size: this process takes part `rank` of `world_size` equal parts of each batch.
         start_step: the first step.
-        groups: a number per image; images of a batch are of one group, but for what is left over at an epoch's end.
-            With orientations for groups, batches need less padding.
+        groups: a number per image; the images of a batch have the same number, except those left over in an epoch.
+            With the orientations of the images as groups, batches need less padding.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        groups: Sequence[int] | None = None,
-    ) -> None:
-        if num_samples < 1:
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+    groups: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
             raise ValueError("num_samples is 0: there is nothing to train on")
-        if batch_size < 1 or batch_size % world_size:
+        if self.batch_size < 1 or self.batch_size % self.world_size:
             raise ValueError(
-                f"batch_size is {batch_size}: it must be a positive multiple of the {world_size} processes"
+                f"batch_size is {self.batch_size}: it must be a positive multiple of the {self.world_size} processes"
             )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
-        self.groups = np.zeros(num_samples, np.int64) if groups is None else np.asarray(groups)
-        if len(self.groups) != num_samples:
-            raise ValueError(f"groups has {len(self.groups)} entries but num_samples is {num_samples}")
+        if self.groups is not None and len(self.groups) != self.num_samples:
+            raise ValueError(f"groups has {len(self.groups)} entries but num_samples is {self.num_samples}")
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The images of every batch of an epoch: (steps, batch size) int64."""
+        """Return the images of every batch of an epoch: (steps, batch size) int64."""
         rng = np.random.default_rng((self.seed, 0, epoch))
         order = rng.permutation(self.num_samples)
+        groups = np.zeros(self.num_samples, np.int64) if self.groups is None else np.asarray(self.groups)
         full, left = [], []
-        for group in np.unique(self.groups):
-            members = order[self.groups[order] == group]
+        for group in np.unique(groups):
+            members = order[groups[order] == group]
             end = len(members) - len(members) % self.batch_size
             full.append(members[:end])
             left.append(members[end:])

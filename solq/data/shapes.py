@@ -1,8 +1,8 @@
-"""The embedded dataset: textured pictures of overlapping shapes, drawn from a seed into COCO's layout on disk.
+"""Generate the shapes dataset: textured pictures of overlapping shapes, drawn from a seed into COCO's layout on disk.
 
-Six classes, told apart by shape alone: disc, triangle (convex), cross (concave), ring (with a hole), stick (thin), dots
-(of several parts). Polygons follow the visible part of an instance; an instance whose visible part has a hole is
-written as RLE, compressed and uncompressed in turn, because the polygons of a COCO annotation can only be united.
+The six classes differ by shape alone: disc, triangle (convex), cross (concave), ring (with a hole), stick (thin), dots
+(in several parts). Polygons follow the visible part of an instance; an instance whose visible part has a hole is
+written as RLE, alternately compressed and uncompressed, because the polygons of a COCO annotation can only be united.
 """
 
 import json
@@ -16,21 +16,30 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from solq.data.annotations import split_paths
+from solq.files import UNFINISHED
+
 CLASS_NAMES = ("disc", "triangle", "cross", "ring", "stick", "dots")
 SETTINGS_FILE = "shapes.json"
 
-_VERSION = 2  # of the drawing: raise it when the same settings give other pictures
+_VERSION = 2  # version of the drawing: raise it when the same settings give other pictures
 _SUPERSAMPLING = 3
-_LEAST_VISIBLE = 0.6
-_MOST_TURNED = np.pi / 8  # but for sticks, which lie any way
+_MIN_VISIBLE = 0.6  # share of an instance that stays visible
+_MAX_ROTATION = np.pi / 8  # of all shapes except sticks, which have any rotation
 
 Outline = NDArray[np.float64]  # (V, 2) x, y
 
 
 def generate(root: Path, *, seed: int = 0, num_train: int = 2400, num_val: int = 240, image_size: int = 128) -> None:
-    """Write `root`/{train2017, val2017, annotations}, or keep the folder if these settings have written it before.
+    """Write `root`/{train2017, val2017, annotations}, or keep the folder if it was written with the same settings.
 
     The files appear all at once: they are written into a sibling folder that is renamed when it is complete.
+
+    Args:
+        root: folder of the dataset.
+        seed: seed of all pictures.
+        num_train, num_val: number of images in each split.
+        image_size: height and width in pixels.
 
     Raises:
         ValueError: `root` holds something that is not a shapes dataset.
@@ -45,11 +54,11 @@ def generate(root: Path, *, seed: int = 0, num_train: int = 2400, num_val: int =
     }
     if _recorded_settings(root) == settings:
         return
-    unfinished = root.with_name(f".{root.name}.{os.getpid()}.unfinished")
+    unfinished = root.with_name(f".{root.name}.{os.getpid()}{UNFINISHED}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        _write_split(unfinished, "train", seed, range(1, num_train + 1), image_size)
-        _write_split(unfinished, "val", seed, range(num_train + 1, num_train + num_val + 1), image_size)
+        _write_split(unfinished, "train2017", seed, range(1, num_train + 1), image_size)
+        _write_split(unfinished, "val2017", seed, range(num_train + 1, num_train + num_val + 1), image_size)
         (unfinished / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
         _move_into_place(unfinished, root, settings)
     finally:
@@ -57,7 +66,7 @@ def generate(root: Path, *, seed: int = 0, num_train: int = 2400, num_val: int =
 
 
 def _recorded_settings(root: Path) -> dict[str, int] | None:
-    """The settings that wrote the dataset in `root`, or None where nothing is."""
+    """Read the settings that the dataset in `root` was written with; None if there is no dataset."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
     try:
@@ -67,7 +76,7 @@ def _recorded_settings(root: Path) -> dict[str, int] | None:
 
 
 def _move_into_place(finished: Path, root: Path, settings: dict[str, int]) -> None:
-    """Rename `finished` to `root`, unless another process was faster with the same settings."""
+    """Rename `finished` to `root`, unless another process has done so with the same settings."""
     root.parent.mkdir(parents=True, exist_ok=True)
     if root.exists():
         if _recorded_settings(root) == settings:
@@ -83,13 +92,13 @@ def _move_into_place(finished: Path, root: Path, settings: dict[str, int]) -> No
 
 
 def _write_split(root: Path, split: str, seed: int, image_ids: range, size: int) -> None:
-    folder = root / f"{split}2017"
+    folder, annotation_file = split_paths(root, split)
     folder.mkdir(parents=True)
-    (root / "annotations").mkdir(exist_ok=True)
+    annotation_file.parent.mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id in image_ids:
-        # An image depends on its id alone, so no two images of the dataset share their random numbers.
+        # The random numbers of an image follow from seed and id alone, so no two images share them.
         pixels, instances = draw_image(np.random.default_rng((seed, image_id)), size)
         name = f"{image_id:012d}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=92)
@@ -101,31 +110,33 @@ def _write_split(root: Path, split: str, seed: int, image_ids: range, size: int)
                 | describe_mask(mask, compressed=annotation_id % 2 == 0)
             )
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASS_NAMES)]
-    description = {"info": {"description": f"shapes, {split}, seed {seed}"}}
-    (root / "annotations" / f"instances_{split}2017.json").write_text(
-        json.dumps(description | {"images": images, "annotations": annotations, "categories": categories})
+    info = {"description": f"shapes, {split.removesuffix('2017')}, seed {seed}"}
+    annotation_file.write_text(
+        json.dumps({"info": info, "images": images, "annotations": annotations, "categories": categories})
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One picture
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- one picture
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], list[tuple[int, NDArray[np.bool_]]]]:
-    """Pixels (size, size, 3) of one image, and the label and visible mask (size, size) of each instance, back first."""
+    """Draw one image.
+
+    Returns:
+        pixels (size, size, 3), and label and visible mask (size, size) of each instance, the rearmost first.
+    """
     canvas = _background(rng, size)
     labels: list[int] = []
     full_areas: list[int] = []
     visible: list[NDArray[np.bool_]] = []
     for _ in range(rng.integers(1, 7)):
-        for _ in range(12):  # places tried
+        for _ in range(12):  # attempts to place an instance
             label = int(rng.integers(len(CLASS_NAMES)))
             coverage, whole_area = _draw_shape(rng, CLASS_NAMES[label], size)
             mask = coverage >= 0.5
             remaining = [behind & ~mask for behind in visible]
             if mask.sum() >= 0.75 * whole_area and all(
-                rest.sum() >= _LEAST_VISIBLE * area for rest, area in zip(remaining, full_areas, strict=True)
+                rest.sum() >= _MIN_VISIBLE * area for rest, area in zip(remaining, full_areas, strict=True)
             ):
                 labels.append(label)
                 full_areas.append(int(mask.sum()))
@@ -137,9 +148,9 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], 
 
 
 def _background(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
-    """A coarse colour field with stripes or checks over it: (size, size, 3) in 0..255."""
-    colour = rng.uniform(40, 215, 3)
-    coarse = (colour + rng.normal(0, 22, (4, 4, 3))).clip(0, 255).astype(np.uint8)
+    """Draw a coarse color field with stripes or checks over it: (size, size, 3) in 0..255."""
+    color = rng.uniform(40, 215, 3)
+    coarse = (color + rng.normal(0, 22, (4, 4, 3))).clip(0, 255).astype(np.uint8)
     canvas = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, frequency = rng.uniform(0, np.pi), rng.uniform(12, 60)
@@ -150,39 +161,43 @@ def _background(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
 
 
 def _paint(rng: np.random.Generator, canvas: NDArray[np.float32], coverage: NDArray[np.float32]) -> None:
-    """Lay one shape over `canvas` in place, in a colour that differs from what it covers."""
+    """Paint one shape on `canvas` in place, in a color that differs from the covered pixels."""
     region = np.ix_(coverage.any(1), coverage.any(0))
     coverage, covered = coverage[region], canvas[region]
     behind = covered.mean((0, 1))
-    colours = rng.uniform(0, 255, (8, 3))
-    colour = colours[np.abs(colours - behind).sum(1).argmax()] if rng.random() < 0.5 else colours[0]
-    if np.abs(colour - behind).sum() < 120:
-        colour = np.where(behind > 127, behind - 90, behind + 90)
+    colors = rng.uniform(0, 255, (8, 3))
+    color = colors[np.abs(colors - behind).sum(1).argmax()] if rng.random() < 0.5 else colors[0]
+    if np.abs(color - behind).sum() < 120:
+        color = np.where(behind > 127, behind - 90, behind + 90)
     shade = np.linspace(rng.uniform(-25, 25), rng.uniform(-25, 25), len(coverage), dtype=np.float32)[:, None]
     texture = shade + np.float32(rng.uniform(0, 10)) * rng.standard_normal(coverage.shape, np.float32)
-    canvas[region] = covered + coverage[..., None] * (colour.astype(np.float32) + texture[..., None] - covered)
+    canvas[region] = covered + coverage[..., None] * (color.astype(np.float32) + texture[..., None] - covered)
 
 
 def _draw_shape(rng: np.random.Generator, name: str, size: int) -> tuple[NDArray[np.float32], float]:
-    """Coverage (size, size) in 0..1 of one shape at a random place, and its area in pixels had nothing cut it off."""
+    """Draw one shape at a random place.
+
+    Returns:
+        its coverage (size, size) in 0..1, and its area in pixels, with what lies outside of the image.
+    """
     filled, holes = _outlines(rng, name)
     radius = rng.uniform(0.14, 0.27) * size  # half the longer side
-    angle = rng.uniform(0, np.pi) if name == "stick" else rng.uniform(-_MOST_TURNED, _MOST_TURNED)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    centre = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
+    angle = rng.uniform(0, np.pi) if name == "stick" else rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    center = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
     layer = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING))
     pen = ImageDraw.Draw(layer)
     area = 0.0
     for outlines, ink in ((filled, 255), (holes, 0)):
         for outline in outlines:
-            points = outline @ turn * radius + centre
+            points = outline @ rotation * radius + center
             pen.polygon([tuple(point) for point in (points * _SUPERSAMPLING).tolist()], fill=ink)
-            area += _polygon_area(points) * (1 if ink else -1)
+            area += abs(_signed_area(points)) * (1 if ink else -1)
     return np.asarray(layer.reduce(_SUPERSAMPLING), dtype=np.float32) / np.float32(255), area
 
 
 def _outlines(rng: np.random.Generator, name: str) -> tuple[list[Outline], list[Outline]]:
-    """Filled outlines and holes of a shape within the unit circle."""
+    """Return the filled outlines and the holes of a shape within the unit circle."""
     match name:
         case "disc":
             return [_ellipse(1, rng.uniform(0.75, 1))], []
@@ -212,18 +227,11 @@ def _ellipse(a: float, b: float) -> Outline:
     return np.stack([a * np.cos(angles), b * np.sin(angles)], 1)
 
 
-def _polygon_area(points: Outline) -> float:
-    x, y = points.T
-    return abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One annotation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- one annotation
 
 
 def describe_mask(mask: NDArray[np.bool_], *, compressed: bool) -> dict[str, Any]:
-    """`segmentation`, `area` and `bbox` of a mask (H, W): polygons, or RLE where the mask has a hole."""
+    """Compute `segmentation`, `area` and `bbox` of a mask (H, W): polygons, or RLE if the mask has a hole."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     measures = {"area": float(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()}
     contours = trace_contours(mask)
@@ -234,7 +242,7 @@ def describe_mask(mask: NDArray[np.bool_], *, compressed: bool) -> dict[str, Any
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """Uncompressed RLE: lengths of runs down the columns, the first one of zeros."""
+    """Encode a mask as uncompressed RLE: lengths of runs down the columns, the first one of zeros."""
     pixels = mask.ravel(order="F")
     ends = np.flatnonzero(np.diff(pixels)) + 1
     return np.diff(np.concatenate([[0] if not pixels[0] else [0, 0], ends, [pixels.size]])).tolist()
@@ -246,10 +254,10 @@ def _signed_area(contour: Outline) -> float:
 
 
 def trace_contours(mask: NDArray[np.bool_]) -> list[Outline]:
-    """Closed contours (V, 2) of a mask (H, W): outer ones of positive signed area, holes of negative.
+    """Trace the closed contours (V, 2) of a mask (H, W): outer ones have a positive signed area, holes a negative one.
 
-    A contour joins the middles of successive pixel sides between mask and background (marching squares). It passes
-    no pixel's centre, so rasterising it gives exactly the mask again.
+    A contour joins the middles of successive pixel sides between mask and background (marching squares). It never
+    passes a pixel's center, so rasterizing it gives exactly the mask again.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if len(rows) == 0:
@@ -257,8 +265,8 @@ def trace_contours(mask: NDArray[np.bool_]) -> list[Outline]:
     top, left = int(rows[0]), int(columns[0])
     mask = mask[top : rows[-1] + 1, left : columns[-1] + 1]
     padded = np.pad(mask, 1)
-    # Each side of a mask pixel that faces the background, as a step between corners that has the mask on its right
-    # (y points down): from corner (x, y) in direction (dx, dy).
+    # The steps (dx, dy) that start at each corner (x, y): sides of mask pixels that face the background, walked with
+    # the mask on the right (y points down).
     sides: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for (dy, dx), start, step in (
         ((-1, 0), (0, 0), (1, 0)),  # upper side, rightwards
@@ -266,8 +274,8 @@ def trace_contours(mask: NDArray[np.bool_]) -> list[Outline]:
         ((1, 0), (1, 1), (-1, 0)),  # lower side, leftwards
         ((0, -1), (0, 1), (0, -1)),  # left side, upwards
     ):
-        neighbour = padded[1 + dy : padded.shape[0] - 1 + dy, 1 + dx : padded.shape[1] - 1 + dx]
-        ys, xs = np.nonzero(mask & ~neighbour)
+        neighbor = padded[1 + dy : padded.shape[0] - 1 + dy, 1 + dx : padded.shape[1] - 1 + dx]
+        ys, xs = np.nonzero(mask & ~neighbor)
         for x, y in zip((xs + left + start[0]).tolist(), (ys + top + start[1]).tolist(), strict=True):
             sides.setdefault((x, y), []).append(step)
     contours = []

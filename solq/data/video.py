@@ -1,6 +1,7 @@
-"""Videos and webcams to frames and back, through OpenCV (`pip install solq[video]`)."""
+"""Read frames of videos and webcams and write videos, through OpenCV (`pip install solq[video]`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 @dataclass
 class Video:
-    """Frames (3, H, W) uint8, their number where it is known, and how many belong to a second."""
+    """Frames (3, H, W) uint8, their number or None if unknown, and the frame rate."""
 
     frames: Iterator[Tensor]
     num_frames: int | None
@@ -22,16 +23,16 @@ class Video:
 
 
 def is_video(path: Path) -> bool:
-    """Whether it is named as a video, or is `webcam` or `webcam:<number>`."""
-    return path.suffix.lower() in ENDINGS or _camera(path) is not None
+    """Tell whether a path is named like a video, or is `webcam` or `webcam:<number>`."""
+    return path.suffix.lower() in SUFFIXES or _camera(path) is not None
 
 
 def read_video(path: Path) -> Video:
-    """Open a video file, or a webcam, which goes on until nobody takes its frames.
+    """Open a video file, or a webcam, whose frames have no end.
 
     Raises:
-        ImportError: if OpenCV is not installed.
-        OSError: if it cannot be opened or has no frame.
+        ImportError: OpenCV is not installed.
+        OSError: the video cannot be opened or has no frame.
     """
     cv2 = _opencv()
     camera = _camera(path)
@@ -57,31 +58,23 @@ def read_video(path: Path) -> Video:
     return Video(frames(), count if count > 0 else None, rate if rate > 0 else 25.0)
 
 
-class VideoWriter:
-    """Writes frames of one size to an MP4 file, inside a `with`."""
+@contextmanager
+def write_video(path: Path, frames_per_second: float) -> Iterator[Callable[[Tensor], None]]:
+    """Open an MP4 file and yield the function that adds a frame (3, H, W) uint8; all frames have the same size."""
+    cv2 = _opencv()
+    writer = cv2.VideoWriter()
 
-    def __init__(self, path: Path, frames_per_second: float) -> None:
-        self.path, self.frames_per_second = path, frames_per_second
-        self.writer: Any = None  # its size is that of the first frame
-
-    def __enter__(self) -> "VideoWriter":
-        return self
-
-    def write(self, frame: Tensor) -> None:
-        """Add a frame (3, H, W) uint8."""
-        cv2 = _opencv()
+    def write(frame: Tensor) -> None:
         _, H, W = frame.shape
-        if self.writer is None:
-            self.writer = cv2.VideoWriter(
-                str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.frames_per_second, (W, H)
-            )
-            if not self.writer.isOpened():
-                raise OSError(f"{self.path} cannot be written as MP4")
-        self.writer.write(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()[:, :, ::-1]))
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
+        if not writer.isOpened() and not writer.open(str(path), codec, frames_per_second, (W, H)):
+            raise OSError(f"{path} cannot be written as MP4")
+        writer.write(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()[:, :, ::-1]))
 
-    def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.release()
+    try:
+        yield write
+    finally:
+        writer.release()
 
 
 def _camera(path: Path) -> int | None:

@@ -1,7 +1,6 @@
-"""The operator with the arguments that codebases give their own PyTorch function, and transformers its layer."""
+"""Deformable attention with the arguments of other codebases' PyTorch functions, and of the layer of transformers."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -14,13 +13,8 @@ Shapes = Tensor | Sequence[tuple[int, int]]
 def attention(
     value: Tensor, value_spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """`solq.kernels.ms_deform_attn` where each level starts where the one before it ends."""
-    if isinstance(value_spatial_shapes, Tensor):
-        sizes = value_spatial_shapes.prod(1)
-        starts: Tensor | list[int] = sizes.cumsum(0) - sizes
-    else:
-        starts = [0, *accumulate(height * width for height, width in value_spatial_shapes[:-1])]
-    return ms_deform_attn(value, value_spatial_shapes, starts, sampling_locations, attention_weights)
+    """Compute `solq.kernels.ms_deform_attn`, without `level_start_index`."""
+    return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
 
 
 def attention_layer(
@@ -33,5 +27,5 @@ def attention_layer(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """`MultiScaleDeformableAttention.forward` of most models of transformers."""
+    """Compute `MultiScaleDeformableAttention.forward` of most models of transformers."""
     return ms_deform_attn(value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights)

@@ -1,9 +1,9 @@
-"""The ecosystem's own way into transformers: the layer `MultiScaleDeformableAttention` of the package `kernels`.
+"""Serve the layer `MultiScaleDeformableAttention` of the package `kernels` of Hugging Face.
 
-``solq.drop_in.hub_kernels.register()`` maps that layer to this project, without a download. After it,
-``model.set_use_kernels(True)`` of transformers, or ``kernels.kernelize(model, mode=…)``, takes it from here. Covered
-are the models whose attention is such a layer: not RT-DETRv2, D-FINE, DEIMv2, Mask2Former and OneFormer, for which
-there is `solq.drop_in.transformers`.
+``solq.drop_in.hub_kernels.register()`` maps that layer to this project, without a download. After that,
+``model.set_use_kernels(True)`` of transformers, or ``kernels.kernelize(model, mode=…)``, takes it from here. Models of
+other attention, which are RT-DETRv2, D-FINE, DEIMv2, Mask2Former and OneFormer, are served by
+`solq.drop_in.transformers`.
 """
 
 import warnings
@@ -19,7 +19,7 @@ KNOWN_TO_WORK = Versions("kernels", "0.15", "0.17")
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Stateless, as `kernels` demands: its forward takes the place of the one in a model."""
+    """Replace the forward of a model's layer; it has no state, as `kernels` demands."""
 
     can_torch_compile = True
     has_backward = True
@@ -27,8 +27,8 @@ class MultiScaleDeformableAttention(nn.Module):
     forward = attention_layer
 
 
-class _ThisPackage:
-    """What `kernels` calls a repository: something that loads a layer."""
+class _Repository:
+    """Load the layer, as a repository of `kernels` does."""
 
     layer_name = "MultiScaleDeformableAttention"
 
@@ -40,13 +40,13 @@ def register() -> None:
     """Map the layer on GPUs and the CPU, for `kernels` and, where installed, for transformers.
 
     Raises:
-        ImportError: if `kernels` is not installed, or too old.
+        ImportError: `kernels` is not installed, or too old.
     """
     KNOWN_TO_WORK.check()
     from kernels import register_kernel_mapping
 
-    this_package = _ThisPackage()
-    mapping = {this_package.layer_name: {device: this_package for device in ("cuda", "rocm", "cpu")}}
+    repository = _Repository()
+    mapping = {repository.layer_name: {device: repository for device in ("cuda", "rocm", "cpu")}}
     register_kernel_mapping(mapping)
     if find_spec("transformers") is None:
         return

@@ -1,9 +1,9 @@
-"""mmcv, and by it mmdetection, on the kernels of this project: ``solq.drop_in.mmcv.patch()``.
+"""Run mmcv, and with it mmdetection, on the kernels of this project: ``solq.drop_in.mmcv.patch()``.
 
-Replaced are what `MultiScaleDeformableAttnFunction.apply` does, wherever the class was imported, and the function for
-CPU tensors in `mmcv.ops.multi_scale_deform_attn`. So `MultiScaleDeformableAttention` needs no compiled operator, and
-where mmcv has none (mmcv-lite), `patch()` makes `mmcv.ops` importable: its other operators then raise an error that
-says so when they are called. mmdetection is imported after the first `patch()`, which that makes possible.
+The patch replaces `MultiScaleDeformableAttnFunction.apply`, wherever the class was imported, and the function for CPU
+tensors in `mmcv.ops.multi_scale_deform_attn`, so that `MultiScaleDeformableAttention` needs no compiled operator. Where
+mmcv has none (mmcv-lite), `patch()` makes `mmcv.ops` importable; its other operators then raise an error when they are
+called. Import mmdetection after the first `patch()`.
 """
 
 import importlib
@@ -31,20 +31,20 @@ def apply(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """`MultiScaleDeformableAttnFunction.apply` of mmcv and detrex; the step is accepted and not needed."""
+    """Compute `MultiScaleDeformableAttnFunction.apply` of mmcv and detrex; `im2col_step` is ignored."""
     return ms_deform_attn(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights)
 
 
 def replacements(module: ModuleType) -> Iterator[Replacement]:
-    """For a module with the names of mmcv, which detrex has too."""
+    """Yield the replacements in a module with the names of mmcv, which detrex has too."""
     if hasattr(module, "MultiScaleDeformableAttnFunction"):
         yield Replacement(module.MultiScaleDeformableAttnFunction, "apply", staticmethod(apply))
     if hasattr(module, "multi_scale_deformable_attn_pytorch"):
         yield Replacement(module, "multi_scale_deformable_attn_pytorch", attention)
 
 
-class _NothingCompiled(ModuleType):
-    """In the place of compiled operators that are not there: each is an error when it is called."""
+class _MissingExtension(ModuleType):
+    """Stand in for compiled operators that are missing: calling one is an error."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -56,15 +56,15 @@ class _NothingCompiled(ModuleType):
         return missing
 
 
-def do_without(extension: str) -> None:
+def allow_missing(extension: str) -> None:
     """Make a package importable whose compiled `extension` is missing."""
     if find_spec(extension) is None:
-        sys.modules[extension] = module = _NothingCompiled(extension)
+        sys.modules[extension] = module = _MissingExtension(extension)
         module.__spec__ = ModuleSpec(extension, None)
 
 
 def _find() -> Iterator[Replacement]:
-    do_without("mmcv._ext")
+    allow_missing("mmcv._ext")
     yield from replacements(importlib.import_module("mmcv.ops.multi_scale_deform_attn"))
 
 

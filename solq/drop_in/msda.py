@@ -1,4 +1,4 @@
-"""The compiled extension of Deformable DETR, without compiling: ``import solq.drop_in.msda`` before the model.
+"""Replace the compiled extension of Deformable DETR: ``import solq.drop_in.msda`` before the model.
 
 After that, ``import MultiScaleDeformableAttention as MSDA`` finds this module: the two functions below have the
 signatures of the extension (https://github.com/fundamentalvision/Deformable-DETR, models/ops/src), which Deformable
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from solq.kernels import ms_deform_attn
+from solq.kernels.ms_deform_attn.operators import level_table
+from solq.kernels.ms_deform_attn.operators import ms_deform_attn_backward as ms_deform_attn_backward_operator
 from solq.kernels.runtime import backend_for
 
 EXTENSION = "MultiScaleDeformableAttention"
@@ -25,7 +27,7 @@ def ms_deform_attn_forward(
     attn_weight: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """`solq.kernels.ms_deform_attn` under the name, and with the arguments, of the extension.
+    """Call `solq.kernels.ms_deform_attn` under the name, and with the arguments, of the extension.
 
     Args:
         value: (B, S, M, D).
@@ -33,13 +35,13 @@ def ms_deform_attn_forward(
         level_start_index: (L,) int64.
         sampling_loc: (B, Q, M, L, P, 2) as (x, y), 0..1.
         attn_weight: (B, Q, M, L, P).
-        im2col_step: accepted and not needed: nothing is ever unfolded into columns.
+        im2col_step: ignored.
 
     Returns:
         (B, Q, M·D), of the dtype of `value`, under autocast too.
 
     Raises:
-        TypeError, ValueError: as `solq.kernels.ms_deform_attn`.
+        TypeError, ValueError: see `solq.kernels.ms_deform_attn`.
     """
     with torch.autocast(value.device.type, enabled=False):
         return ms_deform_attn(value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
@@ -54,7 +56,7 @@ def ms_deform_attn_backward(
     grad_output: Tensor,
     im2col_step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `ms_deform_attn_forward`.
+    """Compute the gradients of `ms_deform_attn_forward`.
 
     Args:
         grad_output: (B, Q, M·D); the others as in the forward pass.
@@ -63,9 +65,10 @@ def ms_deform_attn_backward(
         (grad_value, grad_sampling_loc, grad_attn_weight), of the shapes and dtypes of the three arguments.
     """
     if backend_for(value) == "triton":
-        return torch.ops.solq.ms_deform_attn_backward(
-            grad_output, value, spatial_shapes, level_start_index, sampling_loc, attn_weight
+        grad_value, _, grad_locations, grad_weights = ms_deform_attn_backward_operator(
+            grad_output, None, value, level_table(spatial_shapes, value), None, sampling_loc, attn_weight, False
         )
+        return grad_value, grad_locations, grad_weights
     v, locations, weights = (tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight))
     with torch.enable_grad():
         output = ms_deform_attn_forward(v, spatial_shapes, level_start_index, locations, weights, im2col_step)

@@ -1,4 +1,4 @@
-"""Attributes of another codebase, replaced and put back exactly as they were."""
+"""Replace attributes of another codebase, and put them back exactly as they were."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +21,7 @@ class Versions(NamedTuple):
         return f"{self.package} {self.oldest} to {self.newest} {self.evidence}"
 
     def check(self) -> None:
-        """Refuse what is missing or too old. What is newer is tried: much of it will be as it was.
-
-        Raises:
-            ImportError: one line that says which versions are known to work.
-        """
+        """Raise an ImportError for a package that is missing or too old; newer versions are tried."""
         spec = find_spec(self.package)
         if spec is None or spec.origin is None:  # a folder of that name is no package
             raise ImportError(f"{self.package} is not installed: {self}")
@@ -39,7 +35,7 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 class Replacement(NamedTuple):
-    """``owner.name`` is to become `new`; owners are modules and classes."""
+    """The attribute `name` of a module or class `owner`, to be replaced by `new`."""
 
     owner: Any
     name: str
@@ -58,8 +54,8 @@ class Patch:
     """The replacements in one package.
 
     Args:
-        known_to_work: its name and versions.
-        find: imports what is needed of the package and yields the replacements.
+        known_to_work: name and versions of the package.
+        find: imports the needed modules of the package and yields the replacements.
     """
 
     def __init__(self, known_to_work: Versions, find: Callable[[], Iterator[Replacement]]) -> None:
@@ -68,13 +64,10 @@ class Patch:
         self._originals: list[object] = []
 
     def patch(self) -> list[str]:
-        """Replace, unless done already.
-
-        Returns:
-            The full names of all that is replaced now.
+        """Apply the replacements, unless that is done already, and return the full names of the replaced attributes.
 
         Raises:
-            ImportError: if the package is not installed, is too old, or has nothing that could be replaced.
+            ImportError: the package is not installed, is too old, or has nothing that could be replaced.
         """
         if not self._applied:
             self.known_to_work.check()
@@ -85,13 +78,13 @@ class Patch:
                     f"the installed {package} has no multi-scale deformable attention known here: {self.known_to_work}"
                 )
             for owner, name, new in replacements:
-                self._originals.append(vars(owner).get(name, _ABSENT))  # the very object, a staticmethod for example
+                self._originals.append(vars(owner).get(name, _ABSENT))  # unbound, such as a staticmethod
                 setattr(owner, name, new)
             self._applied = replacements
         return [str(replacement) for replacement in self._applied]
 
     def unpatch(self) -> None:
-        """Put the original objects back, if they are replaced."""
+        """Put the original objects back."""
         for (owner, name, _), original in zip(self._applied, self._originals, strict=True):
             if original is _ABSENT:
                 delattr(owner, name)
@@ -101,7 +94,7 @@ class Patch:
 
     @contextmanager
     def patched(self) -> Iterator[list[str]]:
-        """Replace inside the context; what was replaced before it stays so after it."""
+        """Patch inside the context; a package that was patched before it stays so after it."""
         was_patched = bool(self._applied)
         try:
             yield self.patch()

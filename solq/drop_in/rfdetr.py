@@ -1,6 +1,6 @@
-"""RF-DETR's own package on the kernels of this project: ``solq.drop_in.rfdetr.patch()``.
+"""Run RF-DETR's own package on the kernels of this project: ``solq.drop_in.rfdetr.patch()``.
 
-Replaced is the function that `MSDeformAttn` of `rfdetr.models.ops` calls, for models made before and after. In
+The patch replaces the function that `MSDeformAttn` of `rfdetr.models.ops` calls, for models made before and after. In
 export mode a model keeps rfdetr's own operators, since other runtimes do not know those of this project.
 """
 
@@ -28,7 +28,7 @@ def _find() -> Iterator[Replacement]:
         attention_weights: Tensor,
         value_spatial_shapes_hw: list[tuple[int, int]] | None = None,
     ) -> Tensor:
-        """Value (B, M, D, S), locations (B, Q, M, L, P, 2), weights (B, Q, M, L·P)."""
+        """Attend with value (B, M, D, S), locations (B, Q, M, L, P, 2) and weights (B, Q, M, L·P)."""
         if sampling_locations.ndim == 5:  # levels and points merged: export mode
             return original(value, value_spatial_shapes, sampling_locations, attention_weights, value_spatial_shapes_hw)
         shapes: Shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw

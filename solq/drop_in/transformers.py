@@ -1,12 +1,11 @@
-"""Hugging Face transformers on the kernels of this project: ``solq.drop_in.transformers.patch()``.
+"""Run Hugging Face transformers on the kernels of this project: ``solq.drop_in.transformers.patch()``.
 
-Patched are, of the installed version, all models with multi-scale deformable attention, and the Hungarian matchers
+The patch serves all models with multi-scale deformable attention, made before or after it, and the Hungarian matchers
 whose cost is made of classes and boxes. The models are found by their code: a modeling file that defines the attention
-is imported, and each definition whose parameters are those of one of the functions below is replaced by it. Models made
-before and after `patch` are served alike.
+is imported, and each definition whose parameters are those of one of the functions below is replaced by it.
 
-`patch()` returns the names of what it replaced, `unpatch()` puts the original objects back, `patched()` is a context
-manager that does both. Unpatch before an export to ONNX, which knows nothing of this project's operators.
+`patch()` returns the names of the replaced attributes, `unpatch()` puts the original objects back, `patched()` is a
+context manager that does both. Unpatch before an export to ONNX, which has no operators of this project.
 """
 
 import importlib
@@ -30,10 +29,10 @@ from solq.kernels import linear_assignment, matching_cost
 from solq.kernels.matching import ClassCostForm
 
 KNOWN_TO_WORK = Versions("transformers", "4.57", "5.23")
-HELD = "ms_deformable_attn_core"
+STORED_FUNCTION = "ms_deformable_attn_core"  # attribute in which layers of D-FINE store the function
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention. Parameters are named as in transformers: by them a definition is recognised.
+# Attention. Parameters are named as in transformers: by them a definition is recognized.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -45,7 +44,7 @@ def _attention_v2(
     num_points_list: list[int],
     method: str = "default",
 ) -> Tensor:
-    """`multi_scale_deformable_attention_v2` of RT-DETRv2 and D-FINE.
+    """Compute `multi_scale_deformable_attention_v2` of RT-DETRv2 and D-FINE.
 
     Args:
         value: (B, S, M, D).
@@ -61,7 +60,7 @@ def _attention_v2(
     """
     dtype = reduce(torch.promote_types, (t.dtype for t in (value, sampling_locations, attention_weights)))
     if method == "discrete":
-        sampling_locations = _pixel_centres(sampling_locations, value_spatial_shapes, num_points_list)
+        sampling_locations = _pixel_centers(sampling_locations, value_spatial_shapes, num_points_list)
     elif method != "default":
         raise ValueError(f"method is {method!r}, must be 'default' or 'discrete'")
     L, P = len(num_points_list), max(num_points_list)
@@ -82,8 +81,8 @@ def _attention_v2(
     return attention(value, value_spatial_shapes, locations, weights).to(dtype)
 
 
-def _pixel_centres(locations: Tensor, shapes: Shapes, num_points_list: list[int]) -> Tensor:
-    """Locations (…, ΣP, 2) moved to the centre of the pixel that RT-DETRv2's discrete sampling reads."""
+def _pixel_centers(locations: Tensor, shapes: Shapes, num_points_list: list[int]) -> Tensor:
+    """Move locations (…, ΣP, 2) to the center of the pixel that RT-DETRv2's discrete sampling reads."""
     sizes = [(int(width), int(height)) for height, width in shapes]
     size = torch.tensor(
         [pair for pair, points in zip(sizes, num_points_list, strict=True) for _ in range(points)],
@@ -108,7 +107,7 @@ def _match(
     gamma: float = 2.0,
     groups: int = 1,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Per image (query_index, target_index) on the host, as transformers has them; each group of queries by itself."""
+    """Match each group of queries by itself; return (query_index, target_index) per image, on the host."""
     logits, boxes = (outputs[key].unflatten(1, (groups, -1)).transpose(0, 1) for key in ("logits", "pred_boxes"))
     sizes = [len(target["boxes"]) for target in targets]
     offsets = torch.tensor([0, *accumulate(sizes)]).to(logits.device, non_blocking=True)
@@ -165,7 +164,7 @@ _MATCHERS = {
 
 
 def _modeling_modules() -> Iterator[ModuleType]:
-    """All modules of transformers that define multi-scale deformable attention, imported if they are not yet."""
+    """Import all modules of transformers that define multi-scale deformable attention."""
     import transformers
 
     for path in sorted(Path(transformers.__path__[0]).glob("models/*/modeling_*.py")):
@@ -175,7 +174,7 @@ def _modeling_modules() -> Iterator[ModuleType]:
 
 
 def _definitions(module: ModuleType) -> Iterator[tuple[Any, str]]:
-    """Owner and name of each function in `module` that computes the attention."""
+    """Yield owner and name of each function in `module` that computes the attention."""
     for name, member in list(vars(module).items()):
         if getattr(member, "__module__", None) == module.__name__:
             if name == "MultiScaleDeformableAttention":
@@ -184,23 +183,23 @@ def _definitions(module: ModuleType) -> Iterator[tuple[Any, str]]:
                 yield module, name
 
 
-def _holders(module: ModuleType) -> Iterator[type]:
-    """Classes whose instances keep the function in the attribute HELD, as in D-FINE: patched is the access to it."""
+def _storing_classes(module: ModuleType) -> Iterator[type]:
+    """Yield the classes whose instances store the function, as in D-FINE: the access to it is patched."""
     for member in list(vars(module).values()):
         if isinstance(member, type) and member.__module__ == module.__name__:
             constructor = getattr(inspect.unwrap(member.__init__), "__code__", None)  # type: ignore[misc]
-            if constructor and HELD in constructor.co_names:
+            if constructor and STORED_FUNCTION in constructor.co_names:
                 yield member
 
 
-def _hold(self: Any, function: object) -> None:
-    vars(self)[HELD] = function  # for the time after unpatching
+def _store(self: Any, function: object) -> None:
+    vars(self)[STORED_FUNCTION] = function  # for the time after unpatching
 
 
 def _find() -> Iterator[Replacement]:
     ours = {tuple(inspect.signature(f).parameters): f for f in (attention_layer, attention, _attention_v2)}
     for module in _modeling_modules():
-        holders = list(_holders(module))
+        storing = list(_storing_classes(module))
         for owner, name in _definitions(module):
             parameters = tuple(inspect.signature(getattr(owner, name)).parameters)
             new = ours.get(parameters)
@@ -210,9 +209,9 @@ def _find() -> Iterator[Replacement]:
                     f"{KNOWN_TO_WORK}",
                     stacklevel=3,
                 )
-            elif holders:
-                for holder in holders:
-                    yield Replacement(holder, HELD, property(lambda self, new=new: new, _hold))  # type: ignore[misc]
+            elif storing:
+                for holder in storing:
+                    yield Replacement(holder, STORED_FUNCTION, property(lambda self, new=new: new, _store))  # type: ignore[misc]
             else:
                 yield Replacement(owner, name, new)
     for name, match in _MATCHERS.items():

@@ -1,7 +1,8 @@
-"""The operators of SOLQ: tensors in, tensors out. Imports torch and triton only.
+"""The operators: tensors in, tensors out.
 
-CUDA and HIP tensors are served by Triton, CPU tensors by :mod:`solq.kernels.reference`, the plain PyTorch
-definitions of the same names. :func:`use_backend` forces one of the two.
+Triton serves CUDA and HIP tensors, and :mod:`.reference`, functions of the same names in PyTorch, serves all others.
+:func:`use_backend` forces one of the two. Importing this package imports torch only: Triton is imported by the first
+launch, and SciPy and torchvision by the functions that need them.
 """
 
 from .mask_codec import (
@@ -16,7 +17,7 @@ from .mask_codec import (
     paste_runs,
 )
 from .matching import linear_assignment, matching_cost
-from .ms_deform_attn.kernels import ms_deform_attn, ms_deform_attn_fused
+from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .ms_deform_attn.module import MSDeformAttn
 from .runtime import use_backend
 

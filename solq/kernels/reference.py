@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch, under the names and signatures of :mod:`solq.kernels`."""
+"""The operators in PyTorch, for any device, under their public names and signatures."""
 
 from typing import Any
 
@@ -10,7 +10,9 @@ from .mask_codec.runs import mask_runs, paste_runs
 from .matching.assignment import solve_with_scipy
 from .matching.cost import CostOptions, PackedTargets
 from .matching.cost import matching_cost as plain_matching_cost
-from .ms_deform_attn.cpu import ms_deform_attn, ms_deform_attn_fused
+from .ms_deform_attn import cpu
+from .ms_deform_attn.checks import LevelStartIndex
+from .ms_deform_attn.plain import SpatialShapes
 
 __all__ = [
     "binarize",
@@ -31,6 +33,29 @@ __all__ = [
     "paste_runs",
     "zigzag",
 ]
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: LevelStartIndex | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Compute :func:`solq.kernels.ms_deform_attn`; `level_start_index` is not read."""
+    return cpu.ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: LevelStartIndex | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """Compute :func:`solq.kernels.ms_deform_attn_fused`; `level_start_index` is not read."""
+    return cpu.ms_deform_attn_fused(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
 
 
 def matching_cost(

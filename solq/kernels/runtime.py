@@ -1,17 +1,23 @@
-"""Which backend serves a call, and what a launch must know of its device."""
+"""Choose the backend that serves a call, and tell a launch about its device."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from importlib.util import find_spec
+from typing import Literal, get_args
 
 import torch
-import triton
 
-Backend = Literal["reference", "triton"]
+Backend = Literal["reference", "triton", "definition"]
 
-# With TRITON_INTERPRET=1, set before triton is imported, kernels run on CPU tensors.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+# Only a launch imports Triton, so that this package can be imported where it is not installed.
+HAS_TRITON = find_spec("triton") is not None
+
+NO_TRITON = "the package triton is not installed: pip install triton, or use_backend('reference')"
+
+# With TRITON_INTERPRET=1, set before this package is imported, kernels run on CPU tensors. Triton reads it like this.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 # Operators are registered under the package's own name: `torch.ops.solq`, or that of a project that took a copy.
 NAMESPACE = __package__.removesuffix(".kernels").replace(".", "_")
@@ -27,15 +33,20 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Serve every operator called inside the context by one backend, in all threads of the process.
 
     Args:
-        backend: ``"reference"`` (plain PyTorch, any device) or ``"triton"`` (CUDA and HIP tensors; CPU tensors only
-            where ``TRITON_INTERPRET=1`` was set before triton was imported).
+        backend: ``"reference"`` (PyTorch, any device), ``"triton"`` (CUDA and HIP tensors; CPU tensors only where
+            ``TRITON_INTERPRET=1`` was set before this package was imported), or ``"definition"`` (the shortest PyTorch,
+            of standard operators only, which the others are tested against; an operator without one takes its
+            reference).
 
     Raises:
         ValueError: if there is no such backend.
+        RuntimeError: if it is ``"triton"`` and Triton is not installed.
     """
     global _forced
-    if backend not in ("reference", "triton"):
-        raise ValueError(f"backend is {backend!r}, must be 'reference' or 'triton'")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}, must be 'reference', 'triton' or 'definition'")
+    if backend == "triton" and not HAS_TRITON:
+        raise RuntimeError(f"backend is 'triton' but {NO_TRITON}")
     previous, _forced = _forced, backend
     try:
         yield
@@ -43,33 +54,39 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _forced = previous
 
 
-def backend_for(tensor: torch.Tensor) -> Backend:
-    """The backend that serves a call whose tensors live on the device of `tensor`.
+def backend_for(tensor: torch.Tensor, has_definition: bool = False) -> Backend:
+    """Return the backend that serves a call whose tensors live on the device of `tensor`.
+
+    Args:
+        tensor: any tensor of the call.
+        has_definition: whether the operator has a definition besides its reference. If not, the definition is not
+            returned.
 
     Raises:
-        RuntimeError: if Triton was asked for where it cannot run.
+        RuntimeError: if the call is Triton's to serve, but Triton cannot run.
     """
-    if _forced == "triton":
+    if _forced == "definition":
+        return "definition" if has_definition else "reference"
+    backend = _forced or ("triton" if tensor.device.type == "cuda" or INTERPRETED else "reference")
+    if backend == "triton":
         require_triton(tensor)
-    return _forced or ("triton" if _can_run_triton(tensor) else "reference")
-
-
-def _can_run_triton(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cuda" or INTERPRETED
+    return backend
 
 
 def require_triton(tensor: torch.Tensor) -> None:
     """Raise RuntimeError if Triton kernels cannot run on the device of `tensor`."""
-    if not _can_run_triton(tensor):
+    if tensor.device.type != "cuda" and not INTERPRETED:
         raise RuntimeError(
             f"the Triton backend was asked for with tensors on {tensor.device}: move them to a GPU, "
-            "set TRITON_INTERPRET=1 before importing triton, or use_backend('reference')"
+            "set TRITON_INTERPRET=1 before the first import, or use_backend('reference')"
         )
+    if not HAS_TRITON:
+        raise RuntimeError(f"tensors on {tensor.device} are served by Triton but {NO_TRITON}")
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """What launch tables are keyed by: "sm_90", "gfx942", …; "interpreter" for a CPU."""
+    """Return the name that launch tables are keyed by: "sm_90", "gfx942", …; "interpreter" for a CPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -80,5 +97,5 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def warp_size(device: torch.device) -> int:
-    """Lanes of a warp: 32 on NVIDIA, 64 on AMD's accelerators."""
+    """Return the lanes of a warp: 32 on NVIDIA, 64 on AMD's accelerators."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

@@ -24,6 +24,8 @@ class ModelConfig(Protocol):
     num_queries: int
     changeable: ClassVar[frozenset[str]]
     """Settings that may differ when a run is resumed, because neither weights nor data depend on them."""
+    dense_labels: ClassVar[bool]
+    """Whether COCO's 80 categories are the labels 0 to 79, or keep their ids up to 90 as labels."""
 
     @property
     def num_layers(self) -> int:

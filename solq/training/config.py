@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from solq.errors import check_at_least
 from solq.models.solq.config import SOLQConfig
 
 Preset = Literal[
@@ -97,14 +98,11 @@ class TrainConfig(Generic[Model]):
 def check_settings(config: TrainConfig) -> None:
     """Raise a ValueError for a setting that no run can have."""
     config.model.check()
-    for name in ("batch_size", "accumulate", "log_every", "save_every", "eval_scale", "max_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, must be at least 1")
-    if config.lr_batch_size is not None and config.lr_batch_size < 1:
-        raise ValueError(f"lr_batch_size is {config.lr_batch_size}, must be at least 1")
-    for name in ("workers", "warmup_steps", "eval_every", "seed"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}, must be at least 0")
+    for least, names in (
+        (1, ("batch_size", "lr_batch_size", "accumulate", "log_every", "save_every", "eval_scale", "max_size")),
+        (0, ("workers", "warmup_steps", "eval_every", "seed")),
+    ):
+        check_at_least(least, **{name: getattr(config, name) for name in names})
     if not config.scales or min(config.scales) < 1:
         raise ValueError(f"scales is {config.scales}, must be lengths in pixels")
     if (config.steps is not None and config.steps < 1) or config.epochs <= 0:

@@ -20,7 +20,7 @@ class Process(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks to the terminal."""
+        """Tell whether this is the process that writes files and talks to the terminal."""
         return self.rank == 0
 
 

@@ -1,19 +1,19 @@
-"""The data of a training run: both sets, the order of the images, and the loader of its batches."""
+"""Open the data of a training run: both sets, the order of the images, and the loader of its batches."""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 
 from solq.data import shapes
-from solq.data.batch import Size, collate, padded_sizes
+from solq.data.annotations import split_paths
+from solq.data.batch import Size, padded_sizes
 from solq.data.coco import CocoDataset
+from solq.data.loader import make_loader
 from solq.data.sampler import TrainSampler
 from solq.data.transforms import EvalTransform, TrainTransform
 from solq.training.config import TrainConfig
 from solq.training.distributed import Process, wait_for_all
-from solq.training.run_log import start_worker
 
 
 @dataclass
@@ -32,7 +32,7 @@ def load_data(config: TrainConfig, output: Path, process: Process, start_step: i
     """Read both sets, and make the loader of this process's part of the batches from `start_step` on.
 
     Raises:
-        ValueError, OSError: as :func:`load_splits` does.
+        ValueError, OSError: see :func:`load_splits`.
     """
     mask_size = config.model.mask_target_size
     train_set, val_set = load_splits(config, output, process, mask_size)
@@ -46,28 +46,21 @@ def load_data(config: TrainConfig, output: Path, process: Process, start_step: i
         groups=(train_set.image_sizes[:, 0] > train_set.image_sizes[:, 1]).tolist(),  # portraits, landscapes
     )
     sizes = padded_sizes(config.scales, config.max_size)
-    loader = DataLoader(
-        train_set,
-        batch_sampler=sampler,
-        collate_fn=functools.partial(collate, sizes=sizes),
-        num_workers=config.workers,
-        pin_memory=process.device.type == "cuda",
-        worker_init_fn=start_worker,
-    )
+    loader = make_loader(train_set, sizes, config.workers, process.device, batch_sampler=sampler)
     return TrainingData(train_set, val_set, sampler, loader, sizes, mask_size)
 
 
 def load_splits(config: TrainConfig, output: Path, process: Process, mask_size: int) -> tuple[CocoDataset, CocoDataset]:
-    """Read the training and the validation set; every mistake in their files is found here, before training starts.
+    """Open the training and the validation set, and refuse files with mistakes before training starts.
 
     Args:
         config: names the folder; without one the shapes dataset is generated, beside the output.
         output: folder of the run.
-        process: the main process generates the shapes, the others wait for it.
+        process: the main process generates the shapes; the others wait for it.
         mask_size: side N of the masks in their box frame.
 
     Raises:
-        ValueError, OSError: as `CocoDataset` does; ValueError if the two differ in their categories.
+        ValueError, OSError: see :class:`CocoDataset`; ValueError if the two sets differ in their categories.
     """
     data = config.data
     if data is None:
@@ -79,12 +72,12 @@ def load_splits(config: TrainConfig, output: Path, process: Process, mask_size: 
     eval_transform = EvalTransform(config.eval_scale, config.max_size)
     train_set, val_set = (
         CocoDataset(
-            data / split,
-            data / "annotations" / f"instances_{split}.json",
+            *split_paths(data, split),
             transform,
             mask_size=mask_size,
             train=transform is train_transform,
             strict=config.strict,
+            dense_labels=config.model.dense_labels,
         )
         for split, transform in ((config.train_split, train_transform), (config.val_split, eval_transform))
     )

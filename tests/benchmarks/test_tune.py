@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import tune
+from solq.kernels.ms_deform_attn.configuration import Problem, kernel_constants
 
 
 def test_prints_entries_of_the_launch_table(
@@ -40,6 +41,6 @@ def test_prints_entries_of_the_launch_table(
 def test_configurations_can_be_compiled() -> None:
     for D, dtype in ((32, torch.bfloat16), (48, torch.float32), (64, torch.float32)):
         for configuration in tune.candidates("backward", D, dtype):
-            constants = tune.kernels.kernel_constants(dtype, 8, 4, 4, D, 0, 2, configuration, 32)
+            constants = kernel_constants(Problem(dtype, 8, 4, 4, D, 2), 0, configuration, 32)
             assert constants["BLOCK_QUERIES"] * constants["LANES"] == 32 * configuration[1]
             assert constants["LAST_BLOCK"] % constants["LANES"] == 0

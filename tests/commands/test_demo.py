@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import tiny
 from PIL import Image
 
 from solq import Predictor
 from solq.commands import demo
-from solq.models.solq.config import SOLQConfig
-from solq.models.solq.model import SOLQ
+from solq.commands.settings import DemoConfig
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent from tests
 
@@ -35,26 +34,7 @@ class Page:
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
     pytest.importorskip("gradio", reason="gradio is not installed: pip install solq[demo]")
-    torch.manual_seed(0)
-    config = SOLQConfig(
-        backbone="resnet10",
-        backbone_norm="group",
-        num_classes=3,
-        width=32,
-        num_heads=2,
-        encoder_layers=1,
-        decoder_layers=1,
-        feedforward=32,
-        num_queries=10,
-        num_levels=3,
-        vector_hidden=32,
-    )
-    model = SOLQ(config).eval()
-    for head in [*model.class_embed, *model.bbox_embed]:
-        for parameter in head.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.meta.class_names = ["disc", "ring", "star"]
-    model.meta.eval_scale = model.meta.max_size = 64
+    model = tiny.solq_model()
     page = Page(Predictor(model, device="cpu"))
     model.register_forward_pre_hook(page.count)
     blocks = demo.build_page(page.predictor, 0.3)
@@ -65,10 +45,7 @@ def page() -> Iterator[Page]:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "noise.png"
-    Image.fromarray(pixels.numpy()).save(path)
-    return path
+    return tiny.write_image(tmp_path / "noise.png", (48, 64))
 
 
 def above(page: Page, picture: Path, threshold: float) -> int:
@@ -147,7 +124,7 @@ def test_threshold_out_of_range(page: Page) -> None:
 
 def test_port_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"port is 99999, must be in 1\.\.65535"):
-        demo.demo(demo.DemoConfig(tmp_path / "model.safetensors", port=99999))
+        demo.demo(DemoConfig(tmp_path / "model.safetensors", port=99999))
 
 
 def test_without_gradio(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,31 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from solq import load, save
 from solq.commands import export
+from solq.commands.settings import ExportConfig, Format
 from solq.data.batch import normalize
-from solq.kernels import paste_masks, reference
+from solq.detections import ModelMeta
+from solq.kernels import paste_masks
 from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
 
-TINY = SOLQConfig(
-    backbone="resnet10",
-    backbone_norm="group",
-    num_classes=5,
-    width=32,
-    num_heads=2,
-    encoder_layers=1,
-    decoder_layers=1,
-    feedforward=32,
-    num_queries=12,
-    num_levels=3,
-    num_coefficients=64,
-    mask_size=64,
-    vector_hidden=32,
-)
+META = ModelMeta(tiny.CLASS_NAMES, [], 64, 160)
 TOP_K = 8
 
 # What a program that has not this package does with each format.
@@ -66,23 +55,10 @@ torch.save((json.loads(text), outputs), results)
 """
 
 
-def model(**changes: object) -> SOLQ:
-    """Random weights that find something different in every image."""
-    torch.manual_seed(0)
-    solq = SOLQ(SOLQConfig(**{**vars(TINY), **changes})).eval()
-    for parameter in [*solq.class_embed.parameters(), *solq.bbox_embed.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.2)
-    if solq.config.mask_branch == "unified":
-        torch.nn.init.normal_(solq.masks.vector_embed.layers[-1].weight)
-    solq.meta.eval_scale, solq.meta.max_size = 64, 160
-    solq.meta.class_names = ["disc", "ring", "star", "cross", "stick"]
-    return solq
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save(model(), path)
+    save(tiny.solq_model(META), path)
     return path
 
 
@@ -134,34 +110,36 @@ def require(format: str) -> None:
 
 @pytest.mark.parametrize("format", ["torch-export", "aoti", "onnx"])
 def test_file_gives_the_same_detections_in_a_fresh_process(
-    format: export.Format, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    format: Format, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require(format)
     path = tmp_path / f"detector{export.SUFFIXES[format]}"
-    export.export(export.ExportConfig(checkpoint, format, path, top_k=TOP_K))
+    export.export(ExportConfig(checkpoint, format, path, top_k=TOP_K))
     assert str(path) in capsys.readouterr().out
     description, outputs = run_in_fresh_process(format, path, tmp_path)
     assert set(description["inputs"]) == {"images", "padding_mask"}
     assert list(description["outputs"]) == ["scores", "labels", "boxes", "masks"]
-    assert description["class_names"] == ["disc", "ring", "star", "cross", "stick"]
+    assert description["class_names"] == tiny.CLASS_NAMES
     assert description["limits"] == {"max_batch": 16, "min_size": 64, "max_size": 160}
     check_same_detections(load(checkpoint), outputs)
 
 
 @pytest.mark.parametrize("format", ["torch-export", "onnx"])
-def test_swin_of_any_size(format: export.Format, tmp_path: Path) -> None:
+def test_swin_of_any_size(format: Format, tmp_path: Path) -> None:
     """Its maps have one window or several, whole ones and padded ones."""
     require(format)
-    swin = model(backbone="swin-t", backbone_norm="frozen")
+    swin = tiny.solq_model(META, backbone="swin-t", backbone_norm="frozen")
     save(swin, tmp_path / "swin.safetensors")
     path = tmp_path / f"detector{export.SUFFIXES[format]}"
-    export.export(export.ExportConfig(tmp_path / "swin.safetensors", format, path, top_k=TOP_K))
+    export.export(ExportConfig(tmp_path / "swin.safetensors", format, path, top_k=TOP_K))
     _, outputs = run_in_fresh_process(format, path, tmp_path)
     check_same_detections(swin, outputs)
 
 
 def test_separate_masks() -> None:
-    detector = export.Detector(model(mask_branch="separate", width=64, num_coefficients=None, mask_size=None), TOP_K)
+    detector = export.Detector(
+        tiny.solq_model(META, mask_branch="separate", num_coefficients=None, mask_size=None), TOP_K
+    )
     images, padding_mask = batches()[0]
     with torch.no_grad():
         found = detector(images, padding_mask)
@@ -177,29 +155,18 @@ def test_separate_masks() -> None:
 
 
 def test_model_without_masks() -> None:
-    found = export.Detector(model(mask_branch="none"), 1000)(*batches()[1])
+    found = export.Detector(tiny.solq_model(META, mask_branch="none"), 1000)(*batches()[1])
     assert {name: tuple(t.shape) for name, t in found.items()} == {
-        "scores": (1, 60),
-        "labels": (1, 60),
-        "boxes": (1, 60, 4),
+        "scores": (1, 30),
+        "labels": (1, 30),
+        "boxes": (1, 30, 4),
     }
-
-
-def test_attention_by_grid_sample_is_the_reference() -> None:
-    torch.manual_seed(0)
-    shapes, starts = [(5, 7), (3, 4), (1, 2)], [0, 35, 47]
-    value = torch.randn(2, 49, 3, 8)
-    locations = torch.rand(2, 6, 3, 3, 4, 2) * 1.6 - 0.3
-    weights = torch.rand(2, 6, 3, 3, 4)
-    expected = reference.ms_deform_attn(value, shapes, starts, locations, weights)
-    found = export.ms_deform_attn_by_grid_sample(value, shapes, starts, locations, weights)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("config", "size"),
     [
-        (TINY, 64),
+        (tiny.solq_config(), 64),
         (SOLQConfig(), 96),
         (SOLQConfig(two_stage=True), 128),
         (SOLQConfig(num_levels=5), 160),
@@ -224,23 +191,23 @@ def test_min_image_size(config: SOLQConfig, size: int) -> None:
 )
 def test_bad_settings(checkpoint: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        export.export(export.ExportConfig(checkpoint, **changes))
+        export.export(ExportConfig(checkpoint, **changes))
 
 
 def test_missing_onnx(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"pip install solq\[onnx\]"):
-        export.export(export.ExportConfig(checkpoint, "onnx"))
+        export.export(ExportConfig(checkpoint, "onnx"))
 
 
 def test_missing_compiler(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(OSError, match=r"needs a C\+\+ compiler"):
-        export.export(export.ExportConfig(checkpoint, "aoti"))
+        export.export(ExportConfig(checkpoint, "aoti"))
 
 
 def test_description_is_json(checkpoint: Path) -> None:
     solq = load(checkpoint)
-    limits = export.size_limits(solq, export.ExportConfig(checkpoint))
+    limits = export.size_limits(solq, ExportConfig(checkpoint))
     description = export.describe(export.Detector(solq, TOP_K), limits, "onnx", torch.device("cpu"))
     assert json.loads(json.dumps(description)) == description

@@ -3,49 +3,21 @@
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 from solq import Predictor, save
 from solq.commands import figures
+from solq.commands.settings import FiguresConfig
 from solq.kernels import reference
 from solq.kernels.ms_deform_attn.module import MSDeformAttn
 from solq.models.solq.attention import sampling_points
-from solq.models.solq.config import SOLQConfig
-from solq.models.solq.model import SOLQ
-
-
-def model(**changes: object) -> SOLQ:
-    torch.manual_seed(0)
-    config = SOLQConfig(
-        backbone="resnet10",
-        backbone_norm="group",
-        num_classes=3,
-        width=64,
-        num_heads=2,
-        encoder_layers=1,
-        decoder_layers=2,
-        feedforward=32,
-        num_queries=10,
-        num_levels=3,
-        vector_hidden=32,
-    )
-    solq = SOLQ(SOLQConfig(**{**vars(config), **changes})).eval()
-    for head in [*solq.class_embed, *solq.bbox_embed]:
-        for parameter in head.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    solq.meta.class_names = ["disc", "ring", "star"]
-    solq.meta.eval_scale = solq.meta.max_size = 64
-    return solq
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    pixels = torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    path = tmp_path / "images" / "noise.png"
-    path.parent.mkdir()
-    Image.fromarray(pixels.numpy()).save(path)
-    return path
+    return tiny.write_image(tmp_path / "images" / "noise.png", (48, 64))
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
@@ -66,7 +38,7 @@ def test_sampled_is_what_the_module_reads(coordinates: int) -> None:
 
 @pytest.mark.parametrize("two_stage", [False, True])
 def test_attention_belongs_to_the_detections(two_stage: bool, image: Path) -> None:
-    predictor = Predictor(model(two_stage=two_stage), device="cpu")
+    predictor = Predictor(tiny.solq_model(two_stage=two_stage), device="cpu")
     detections, attention = figures.attend(predictor, image, layer=0, threshold=0.0)
     queries = detections.queries
     assert attention.locations.shape == (10, 2, 3, 4, 2)
@@ -83,7 +55,7 @@ def test_attention_belongs_to_the_detections(two_stage: bool, image: Path) -> No
 def test_points_are_drawn_where_they_are_sampled() -> None:
     black = Image.new("RGB", (100, 50))
     locations = torch.tensor([[0.25, 0.5], [0.75, 0.2]]).view(1, 1, 2, 2)
-    found = Predictor(model(mask_branch="none"), device="cpu")(black, threshold=0.0)[:1]
+    found = Predictor(tiny.solq_model(mask_branch="none"), device="cpu")(black, threshold=0.0)[:1]
     found.boxes = torch.tensor([[5.0, 5, 95, 45]])
     drawn = figures._draw_attention(black, locations, torch.tensor([[[1.0, 0.0]]]), found)
     assert drawn.size == (560, 280)
@@ -95,11 +67,11 @@ def test_points_are_drawn_where_they_are_sampled() -> None:
 def test_command_writes_pages_and_reports_what_cannot_be_read(
     image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(model(), tmp_path / "unified.safetensors")
-    save(model(mask_branch="separate"), tmp_path / "separate.safetensors")
+    save(tiny.solq_model(), tmp_path / "unified.safetensors")
+    save(tiny.solq_model(mask_branch="separate"), tmp_path / "separate.safetensors")
     damaged = tmp_path / "damaged.jpg"
     damaged.write_bytes(b"no picture")
-    config = figures.FiguresConfig(
+    config = FiguresConfig(
         tmp_path / "unified.safetensors",
         (damaged, image.parent),
         compare=tmp_path / "separate.safetensors",
@@ -119,7 +91,7 @@ def test_command_writes_pages_and_reports_what_cannot_be_read(
 
 
 def test_nothing_found(image: Path) -> None:
-    solq = model()
+    solq = tiny.solq_model()
     for head in solq.class_embed:
         torch.nn.init.constant_(head.bias, -20.0)
         torch.nn.init.zeros_(head.weight)
@@ -136,7 +108,7 @@ def test_nothing_found(image: Path) -> None:
     ],
 )
 def test_bad_settings(tmp_path: Path, changes: dict, message: str) -> None:
-    save(model(), tmp_path / "model.safetensors")
-    config = figures.FiguresConfig(**{"checkpoint": tmp_path / "model.safetensors", "images": (tmp_path,), **changes})
+    save(tiny.solq_model(), tmp_path / "model.safetensors")
+    config = FiguresConfig(**{"checkpoint": tmp_path / "model.safetensors", "images": (tmp_path,), **changes})
     with pytest.raises(ValueError, match=message):
         figures.figures(config)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from solq.commands.fit_coding import FitCoding, fit_coding, read_masks
+from solq.commands.fit_coding import fit_coding, read_masks
+from solq.commands.settings import FitCodingConfig
+from solq.data.annotations import split_paths
 from solq.data.coco import CocoDataset
 from solq.data.shapes import generate
 from solq.data.transforms import EvalTransform
@@ -25,7 +27,7 @@ def test_fit_to_a_dataset(name: str, coding_class: type, shapes: Path, tmp_path:
     if name == "sparse":
         pytest.importorskip("sklearn")
     output = tmp_path / "new" / "coding.safetensors"
-    path = fit_coding(FitCoding(shapes, name, output, num_coefficients=24, size=32, max_masks=60, device="cpu"))
+    path = fit_coding(FitCodingConfig(shapes, name, output, num_coefficients=24, size=32, max_masks=60, device="cpu"))
     assert path == output
     coding = load(path)
     assert isinstance(coding, coding_class)
@@ -36,13 +38,7 @@ def test_fit_to_a_dataset(name: str, coding_class: type, shapes: Path, tmp_path:
 
 
 def test_masks_are_the_datasets_in_an_order_of_the_seed(shapes: Path) -> None:
-    dataset = CocoDataset(
-        shapes / "train2017",
-        shapes / "annotations" / "instances_train2017.json",
-        EvalTransform(),
-        mask_size=32,
-        train=True,
-    )
+    dataset = CocoDataset(*split_paths(shapes, "train2017"), EvalTransform(), mask_size=32, train=True)
     everything = torch.cat([dataset[index][1]["masks"] for index in range(len(dataset))])
     masks = read_masks(dataset, 10_000, 0, Console(quiet=True))
     assert masks.dtype == torch.uint8
@@ -53,5 +49,7 @@ def test_masks_are_the_datasets_in_an_order_of_the_seed(shapes: Path) -> None:
 
 def test_too_few_masks(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="10 masks cannot fit 24 coefficients"):
-        fit_coding(FitCoding(shapes, "pca", tmp_path / "x", num_coefficients=24, size=32, max_masks=10, device="cpu"))
+        fit_coding(
+            FitCodingConfig(shapes, "pca", tmp_path / "x", num_coefficients=24, size=32, max_masks=10, device="cpu")
+        )
     assert not list(tmp_path.iterdir())

@@ -3,15 +3,14 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch import nn
 
 import solq
 from solq.__main__ import COMMANDS, main
@@ -19,19 +18,13 @@ from solq.commands.eval import measure
 from solq.commands.predict import image_ids, output_names
 from solq.data import shapes
 from solq.detections import ModelMeta
-from solq.models.solq.model import SOLQ
-from solq.training.presets import preset
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untrained, for the classes of the shapes dataset."""
-    torch.manual_seed(0)
-    classes = len(shapes.CLASS_NAMES)
-    model = SOLQ(replace(preset("shapes", cpu=True).model, num_classes=classes + 1, num_queries=5))
-    for head in [*model.bbox_embed, model.masks.vector_embed]:
-        nn.init.normal_(head.layers[-1].weight, std=0.05)
-    model.meta = ModelMeta(["", *shapes.CLASS_NAMES], list(range(classes + 1)), 64, 64)
+    classes = ["", *shapes.CLASS_NAMES]
+    model = tiny.solq_model(ModelMeta(classes, list(range(len(classes))), 64, 64), num_classes=len(classes))
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     solq.save(model, path)
     return path
@@ -45,12 +38,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str:
     except SystemExit as end:
         return end.code if end.code is not None else 0
     return 0
-
-
-def write_image(path: Path, size: tuple[int, int] = (40, 60), seed: int = 0) -> Path:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 # ---- commands
@@ -71,21 +58,21 @@ def test_unknown_command(monkeypatch):
     assert str(run(monkeypatch, "predit")).startswith("error: there is no command 'predit', but predict, eval")
 
 
-@pytest.mark.parametrize("name", ["predict", "eval", "info", "fit-coding"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(monkeypatch, capsys, name):
     assert run(monkeypatch, name, "--help") == 0
     assert f"usage: solq {name}" in capsys.readouterr().out
 
 
-def test_kernels_import_torch_and_triton_only():
+@pytest.mark.parametrize("flags", [["predict", "--help"], ["eval", "--bogus"]])
+def test_flags_are_answered_before_torch_is_imported(flags):
     code = (
-        "import sys, solq.kernels; "
-        "print([name for name in ('torchvision', 'PIL', 'pycocotools', 'scipy', 'timm', 'tyro', 'rich')"
-        " if name in sys.modules], [name for name in sys.modules if name.startswith('solq.') "
-        "and not name.startswith('solq.kernels')])"
+        "import sys; from solq.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: print('torch' in sys.modules, file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[] []"
+    result = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines()[-1] == "False"
 
 
 # ---- predict
@@ -94,9 +81,9 @@ def test_kernels_import_torch_and_triton_only():
 def test_predict_writes_pictures_and_results(monkeypatch, capsys, checkpoint, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    write_image(folder / "7.png", (40, 60), 1)
-    write_image(folder / "12.jpg", (50, 30), 2)
-    alone = write_image(tmp_path / "3.png", (64, 64), 3)
+    tiny.write_image(folder / "7.png", (40, 60), 1)
+    tiny.write_image(folder / "12.jpg", (50, 30), 2)
+    alone = tiny.write_image(tmp_path / "3.png", (64, 64), 3)
     output = tmp_path / "new" / "output"
     assert run(monkeypatch, "predict", checkpoint, folder, alone, "--output", output, "--threshold", 0) == 0
     printed = capsys.readouterr().out
@@ -119,7 +106,7 @@ def test_predict_writes_pictures_and_results(monkeypatch, capsys, checkpoint, tm
 
 
 def test_predict_goes_on_after_bad_files_and_says_so(monkeypatch, capsys, checkpoint, tmp_path):
-    good = write_image(tmp_path / "good.png")
+    good = tiny.write_image(tmp_path / "good.png")
     bad, empty = tmp_path / "bad.jpg", tmp_path / "empty"
     bad.write_bytes(good.read_bytes()[:200])
     empty.mkdir()
@@ -137,7 +124,7 @@ def test_predict_goes_on_after_bad_files_and_says_so(monkeypatch, capsys, checkp
 
 
 def test_predict_refuses_what_cannot_work(monkeypatch, checkpoint, tmp_path):
-    image = write_image(tmp_path / "image.png")
+    image = tiny.write_image(tmp_path / "image.png")
     names = tmp_path / "names.txt"
     names.write_text("one\ntwo\n")
     not_one = tmp_path / "weights.pth"
@@ -205,31 +192,7 @@ def test_names_and_ids_of_pictures():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three images, each with one object."""
-    folder = tmp_path_factory.mktemp("dataset")
-    (folder / "val2017").mkdir()
-    (folder / "annotations").mkdir()
-    names = shapes.CLASS_NAMES
-    content = {
-        "images": [{"id": n, "file_name": f"{n}.png", "height": 40, "width": 60} for n in range(3)],
-        "annotations": [
-            {
-                "id": n + 1,
-                "image_id": n,
-                "category_id": n + 1,
-                "bbox": [10, 10, 20, 20],
-                "area": 400,
-                "iscrowd": 0,
-                "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]],
-            }
-            for n in range(3)
-        ],
-        "categories": [{"id": n, "name": name} for n, name in enumerate(names, 1)],
-    }
-    for n in range(3):
-        write_image(folder / "val2017" / f"{n}.png", seed=n)
-    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
-    return folder
+    return tiny.write_coco(tmp_path_factory.mktemp("dataset"), shapes.CLASS_NAMES)
 
 
 def test_eval(monkeypatch, capsys, checkpoint, dataset, tmp_path):
@@ -270,8 +233,7 @@ def test_eval_on_other_classes(monkeypatch, checkpoint, dataset, tmp_path):
 @pytest.mark.parametrize("branch", ["unified", "separate", "none"])
 def test_costs_of_a_model_with_learned_queries(branch):
     """As the published one, which has one stage."""
-    config = preset("shapes", cpu=True).model
-    model = SOLQ(replace(config, num_classes=3, two_stage=False, num_queries=5, mask_branch=branch)).eval()
+    model = tiny.solq_model(mask_branch=branch)
     costs = measure(model, torch.device("cpu"), torch.float32)
     assert costs["flops"] > costs["mask_flops"]
     assert (costs["mask_flops"] > 0) == (branch != "none")
@@ -297,4 +259,4 @@ def test_eval_without_annotations(monkeypatch, capsys, checkpoint, dataset, tmp_
     results = json.loads((tmp_path / "results.json").read_text())
     assert {entry["image_id"] for entry in results} == {70, 72}
     (dataset / "annotations" / "image_info_test-dev.json").write_text("[]")
-    assert "no list of images in COCO's format" in str(run(monkeypatch, "eval", checkpoint, *arguments))
+    assert "it has no list 'images'" in str(run(monkeypatch, "eval", checkpoint, *arguments))

@@ -16,8 +16,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
+from solq.data.annotations import labels_of_categories, read_segmentation, split_paths
 from solq.data.batch import collate, padded_sizes
-from solq.data.coco import CocoDataset, labels_of_categories, read_segmentation
+from solq.data.coco import CocoDataset
 from solq.data.sampler import TrainSampler
 from solq.data.transforms import EvalTransform, TrainTransform
 from solq.kernels.reference import crop_masks
@@ -201,6 +202,10 @@ def test_labels_are_the_ids_unless_they_have_wide_gaps(ids: list[int], expected:
     category_ids, class_names = labels_of_categories({i: f"name {i}" for i in ids})
     assert category_ids == expected
     assert class_names == [f"name {i}" if i in ids else "" for i in expected]
+
+
+def test_dense_labels():
+    assert labels_of_categories({2: "two", 1: "one", 4: "four"}, dense=True) == ([1, 2, 4], ["one", "two", "four"])
 
 
 def test_ids_with_wide_gaps_in_a_dataset(folder: Folder):
@@ -400,9 +405,7 @@ def test_a_loader_goes_on_past_a_damaged_image(folder: Folder):
 
 
 def open_coco_tiny(root: Path, split: str, transform: TrainTransform | EvalTransform) -> CocoDataset:
-    return CocoDataset(
-        root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transform, train=split == "train"
-    )
+    return CocoDataset(*split_paths(root, f"{split}2017"), transform, train=split == "train")
 
 
 def test_real_images_agree_with_pycocotools(coco_tiny: Path):

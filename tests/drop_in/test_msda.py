@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import solq.drop_in.msda
 from solq.kernels import use_backend
+from solq.kernels.ms_deform_attn import plain
 from solq.kernels.runtime import INTERPRETED
 
 MSDA = importlib.import_module("MultiScaleDeformableAttention")
@@ -38,18 +38,6 @@ class MSDeformAttnFunction(torch.autograd.Function):
         ), None
 
 
-def by_grid_sample(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """The operator's definition, with torch's own sampling."""
-    samples = []
-    for level, (height, width) in enumerate(SHAPES.tolist()):
-        start = int(STARTS[level])
-        maps = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(B * M, -1, height, width)
-        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
-        samples.append(F.grid_sample(maps, grid, align_corners=False))
-    weighted = torch.stack(samples, -2) * weights.transpose(1, 2).reshape(B * M, 1, Q, L, P)
-    return weighted.sum((-1, -2)).view(B, -1, Q).transpose(1, 2)
-
-
 def random_inputs(channels: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     value = torch.rand(B, 30, M, channels, generator=generator, dtype=dtype) * 0.01
@@ -64,9 +52,9 @@ def test_the_extension_is_this_module() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_forward_and_backward_equal_grid_sample(dtype: torch.dtype, backend: str) -> None:
+def test_forward_and_backward_equal_the_definition(dtype: torch.dtype, backend: str) -> None:
     results = []
-    for function in (MSDeformAttnFunction.apply, by_grid_sample):
+    for function in (MSDeformAttnFunction.apply, lambda value, *points: plain.ms_deform_attn(value, SHAPES, *points)):
         inputs = [tensor.requires_grad_() for tensor in random_inputs(2, dtype)]
         with use_backend(backend):
             output = function(*inputs)

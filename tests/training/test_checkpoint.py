@@ -30,7 +30,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 100, 1000):
         save_checkpoint(tmp_path, step, state(step))
-    (tmp_path / "step_00001001.unfinished").write_bytes(b"of a process that was killed")
+    (tmp_path / "step_00001001.pt.unfinished").write_bytes(b"left by a process that was killed")
     save_checkpoint(tmp_path, 2000, state(2000))
     assert sorted(os.listdir(tmp_path)) == ["step_00001000.pt", "step_00002000.pt"]
     assert [path.stem for path in checkpoints(tmp_path)] == ["step_00002000", "step_00001000"]
@@ -127,10 +127,9 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "save_checkpoint(Path(sys.argv[1]), 2, {'step': 2, 'model': torch.zeros(100_000)})\n"
     )
-    repository = Path(__file__).parent.parent
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=repository, check=False)
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt", "step_00000002.unfinished"]
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt", "step_00000002.pt.unfinished"]
     assert load_newest(tmp_path)["step"] == 1
     save_checkpoint(tmp_path, 3, state(3))
     assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt", "step_00000003.pt"]

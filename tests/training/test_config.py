@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from solq.commands.flags import _one_line, command_line
+from solq.commands.flags import command_line
+from solq.commands.parsing import _one_line
 from solq.models.solq.config import SOLQConfig
 from solq.training.config import Preset, TrainConfig, check_continues, check_settings
 from solq.training.presets import preset

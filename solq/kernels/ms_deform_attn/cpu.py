@@ -1,20 +1,23 @@
-"""Deformable attention on a CPU, in plain PyTorch."""
+"""Compute multi-scale deformable attention fast on a CPU, in PyTorch; it runs on any device.
+
+The weighted sum of four rows per sample is what torch calls an embedding bag: nothing of the size of all samples,
+B·Q·M·L·P·D, ever exists. The gradients are formulas of our own, since torch's are many times slower.
+"""
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Torch says so once, of what `_dots` does.
+from .plain import SpatialShapes, as_tensor, locations_and_weights
+
+# Torch warns once that the sparse matrices of `_dots` are new.
 warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)")
 
-SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
-
-class _Once(torch.autograd.Function):
-    """A gradient, as it is. Its own gradient, to `sources` too, on which it depends unseen, is an error."""
+class _DifferentiableOnce(torch.autograd.Function):
+    """Identity in the forward pass; raises on double backward. `sources` only connect the gradient to the graph."""
 
     generate_vmap_rule = True
 
@@ -34,26 +37,34 @@ class _Once(torch.autograd.Function):
 def _sum_corners(
     value: Tensor, first: Tensor, steps: Tensor, left: Tensor, right: Tensor, upper: Tensor, lower: Tensor
 ) -> Tensor:
-    """Weighted sums (bags, D) of rows of `value`: of each sample the row `first`, and those `steps` after it.
+    """Sum, for each bag of samples, the rows of `value` at their four corners, by their weights.
 
-    The weights of the four are products of one across and one down. Summed is over the last axis of `first` and of the
-    weights, which torch calls an embedding bag: nothing of the size of the samples, B·Q·M·L·P·D, ever exists.
+    Args:
+        value: (B, S, M, D).
+        first: (B·Q, M, L·P), the row of the top left corner of each sample, in `value` as (B·S·M, D).
+        steps: (4, M, L·P), rows from the top left corner to each corner.
+        left, right, upper, lower: (B·Q, M, L·P), the weights along each axis; a corner's weight is a product of two.
+
+    Returns:
+        (B·Q·M, D), summed over the last axis of `first`.
     """
     rows = value.flatten(0, 2)
 
-    def line(y: Tensor, steps: Tensor) -> Tensor:
+    def sum_two(vertical: Tensor, steps: Tensor) -> Tensor:
+        """Sum the two upper, or the two lower corners."""
         index = torch.stack([first + step for step in steps], dim=2)
-        weights = torch.stack([y * left, y * right], dim=2)
+        weights = torch.stack([vertical * left, vertical * right], dim=2)
         index, weights = (bags.flatten(0, 1).flatten(1) for bags in (index, weights))
         return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
-    return line(upper, steps[:2]) + line(lower, steps[2:])
+    return sum_two(upper, steps[:2]) + sum_two(lower, steps[2:])
 
 
 class _SumCorners(torch.autograd.Function):
     """`_sum_corners` with gradients of its own: torch's are many times slower, and not reproducible on every device.
 
-    `above` (S,) has the pixel above each one; for the first line of a level, any whose samples have no lower weight.
+    `above` (S,) is the pixel above each pixel. In the first line of a level, it is any that is no sample's upper corner
+    with a lower weight.
     """
 
     generate_vmap_rule = True
@@ -77,7 +88,7 @@ class _SumCorners(torch.autograd.Function):
         if any(ctx.needs_input_grad[4:]):
             grads[4:] = _gradients_of_weights(grad, value, first, steps, weights)
         if not torch.compiler.is_compiling():  # compiled graphs refuse by themselves, and torch 2.11 traces no error
-            grads = [None if gradient is None else _Once.apply(gradient, *sources) for gradient in grads]
+            grads = [None if gradient is None else _DifferentiableOnce.apply(gradient, *sources) for gradient in grads]
         return tuple(grads)
 
 
@@ -85,11 +96,11 @@ def _gradient_of_value(
     grad: Tensor, value: Tensor, first: Tensor, above: Tensor,
     left: Tensor, right: Tensor, upper: Tensor, lower: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Bags again: of each row, the samples that have it as their first, which one sort brings together.
+    """Sort the samples by their first row; each row's gradient is then a weighted sum over one contiguous run.
 
-    What a row gets as the second of a sample is in the bag of the pixel before it, so the same bags serve, begun a
-    pixel later; at the end of a line no sample begins, or its second weight is zero. What a row gets as one of the
-    lower two is in the bags of the pixel `above`.
+    A row also gets a gradient as the second corner of samples, which are the run of the pixel before it: the same runs
+    serve, shifted by a pixel. (At the end of a line no sample begins, or its second weight is zero.) As one of the
+    lower two corners, it gets one from the runs of the pixel `above`.
     """
     B, S, M, D = value.shape
     row, order = first.flatten().sort(stable=True)
@@ -97,20 +108,21 @@ def _gradient_of_value(
     as_second = F.pad(as_first[:-M], (M, 0))
     bag = order.int() // first.shape[-1]
 
-    def line(y: Tensor) -> Tensor:
-        sums = [
-            F.embedding_bag(bag, grad, begins, mode="sum", per_sample_weights=(y * x).flatten().index_select(0, order))
-            for begins, x in ((as_first, left), (as_second, right))
-        ]
+    def sum_runs(vertical: Tensor) -> Tensor:
+        """Sum what rows get as the first and the second corner, upper or lower, of samples."""
+        sums = []
+        for begins, horizontal in ((as_first, left), (as_second, right)):
+            weights = (vertical * horizontal).flatten().index_select(0, order)
+            sums.append(F.embedding_bag(bag, grad, begins, mode="sum", per_sample_weights=weights))
         return sums[0].add_(sums[1]).view(B, S, M * D)
 
-    return line(lower).index_select(1, above).add_(line(upper)).view(B, S, M, D)
+    return sum_runs(lower).index_select(1, above).add_(sum_runs(upper)).view(B, S, M, D)
 
 
 def _gradients_of_weights(
     grad: Tensor, value: Tensor, first: Tensor, steps: Tensor, weights: list[Tensor]
 ) -> list[Tensor]:
-    """Dot products of `grad` with the four rows of each sample, times the other one of their two weights."""
+    """Differentiate by left, right, upper and lower: from dot products of `grad` with the four rows of each sample."""
     rows, (left, right, upper, lower) = value.flatten(0, 2), weights
     dots = [_dots(grad, rows, (first + step).flatten(0, 1)).view_as(first) for step in steps]
     return [
@@ -122,7 +134,7 @@ def _gradients_of_weights(
 
 
 def _dots(vectors: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """Dot products (N, K) of `vectors` (N, D) with K of the `rows` each: `index` (N, K)."""
+    """Multiply each of the `vectors` (N, D) by K of the `rows`, those of `index` (N, K): dot products (N, K)."""
     if (
         torch.compiler.is_compiling()  # makes one loop of it
         or rows.device.type != "cpu"
@@ -130,20 +142,20 @@ def _dots(vectors: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         or any(torch.func.debug_unwrap(tensor) is not tensor for tensor in (vectors, rows, index))  # in vmap
     ):
         return (rows[index] * vectors[:, None]).sum(-1)
-    # The loop that torch has for a CPU: a product of matrices, sampled at the entries of a sparse one. They may repeat.
-    # In parts, to save memory.
+    # Torch has a loop for this on a CPU: the product of two matrices, computed only at the entries of a sparse one,
+    # which may repeat. It runs in parts, to save memory.
     dots = []
-    for some, places in zip(vectors.split(4096), index.split(4096), strict=True):
-        ends = torch.arange(0, places.numel() + 1, places.shape[1], dtype=index.dtype)
+    for part, columns in zip(vectors.split(4096), index.split(4096), strict=True):
+        ends = torch.arange(0, columns.numel() + 1, columns.shape[1], dtype=index.dtype)
         sampled = torch.sparse_csr_tensor(
-            ends, places.flatten(), rows.new_zeros(places.numel()), (len(some), len(rows)), check_invariants=False
+            ends, columns.flatten(), rows.new_zeros(columns.numel()), (len(part), len(rows)), check_invariants=False
         )
-        dots.append(torch.sparse.sampled_addmm(sampled, some, rows.T, beta=0, out=sampled).values())
+        dots.append(torch.sparse.sampled_addmm(sampled, part, rows.T, beta=0, out=sampled).values())
     return torch.cat(dots)
 
 
 def _corners(locations: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Along an axis: the first of two neighbouring pixels, and both weights, of `locations` in 0..1 over `size` pixels.
+    """Return the first of two neighboring pixels along an axis, and both weights, for `locations` in 0..1 over `size`.
 
     The pixels are always inside: near the ends and beyond, they are the first or last two. A lone pixel has no second.
     A location a pixel or more outside, infinite or NaN has the weights zero, and a gradient of zero.
@@ -160,33 +172,23 @@ def _corners(locations: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first.int(), weight, next_weight
 
 
-def _as_tensor(numbers: SpatialShapes | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What `torch.as_tensor` does, but for sizes that torch.export keeps dynamic, which that would make constants."""
-    if isinstance(numbers, Tensor):
-        return numbers.to(device, dtype)
-    return torch.tensor(numbers, dtype=dtype, device=device)
-
-
 def ms_deform_attn(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    level_start_index: Tensor | Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Sum of bilinear samples of `value`, weighted by `attention_weights`: see `solq.kernels.ms_deform_attn`."""
+    """Compute what :func:`.plain.ms_deform_attn` defines; locations that are not finite sample zero."""
     B, S, M, D = value.shape
     Q, L, P = sampling_locations.shape[1], sampling_locations.shape[3], sampling_locations.shape[4]
     compute, device = torch.promote_types(value.dtype, torch.float32), value.device
 
-    # Of each sample (l, p) of a query: the size of its level, and that level's first row of each head (M, L·P).
-    shapes = _as_tensor(spatial_shapes, torch.int32, device)
-    starts = _as_tensor(level_start_index, torch.int32, device)
+    # The size and the start of the level of each sample (l, p) of a query, for each head: (M, L·P).
+    shapes = as_tensor(spatial_shapes, torch.int32, device)
+    sizes = shapes[:, 0] * shapes[:, 1]
+    starts = sizes.cumsum(0, dtype=torch.int32) - sizes
     levels = torch.cat([shapes.T, starts[None]])
     height, width, start = levels[:, None, :, None].expand(3, M, L, P).flatten(2)
     head = torch.arange(M, dtype=torch.int32, device=device)[:, None]
     image = torch.arange(B, dtype=torch.int32, device=device).repeat_interleave(Q)
-    first_row = (image[:, None, None] * S + start) * M + head  # (B·Q, M, L·P)
+    first_row = (image[:, None, None] * S + start) * M + head  # of the level in the image, (B·Q, M, L·P)
 
     x, y = sampling_locations.to(compute).reshape(B * Q, M, L * P, 2).unbind(-1)
     attention = attention_weights.to(compute).reshape(B * Q, M, L * P)
@@ -212,21 +214,12 @@ def ms_deform_attn(
 def ms_deform_attn_fused(
     value: Tensor,
     spatial_shapes: SpatialShapes,
-    level_start_index: Tensor | Sequence[int],
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """`ms_deform_attn` with softmax over L·P and the sampling locations computed inside."""
-    compute = torch.promote_types(value.dtype, torch.float32)
-    offsets = sampling_offsets.to(compute)
-    centres = reference_points.to(compute)[:, :, None, :, None, :]
-    if reference_points.shape[-1] == 2:  # offsets in pixels of each level
-        shapes = _as_tensor(spatial_shapes, compute, value.device)
-        locations = centres + offsets / shapes.flip(-1)[:, None]
-    else:  # offsets in half the box over P; far outside where their product is not finite, for 0 · ∞ is no gradient
-        extents = (centres[..., 2:] * (0.5 / sampling_offsets.shape[-2])).expand_as(offsets)
-        finite = (offsets * extents).isfinite()
-        locations = centres[..., :2] + torch.where(finite, offsets, 1e30) * torch.where(finite, extents, 1)
-    weights = attention_logits.to(compute).flatten(-2).softmax(-1).view(attention_logits.shape)
-    return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+    """Compute what :func:`.plain.ms_deform_attn_fused` defines; locations that are not finite sample zero."""
+    locations, weights = locations_and_weights(
+        value.dtype, spatial_shapes, reference_points, sampling_offsets, attention_logits
+    )
+    return ms_deform_attn(value, spatial_shapes, locations, weights)

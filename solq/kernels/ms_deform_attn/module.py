@@ -1,12 +1,13 @@
-"""The multi-scale deformable attention module of Deformable DETR, on the fused operator."""
+"""The multi-scale deformable attention layer of Deformable DETR, on the fused function."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from solq.kernels.ms_deform_attn.kernels import ms_deform_attn_fused
+from . import ms_deform_attn_fused
+from .checks import LevelStartIndex
+from .plain import SpatialShapes
 
 
 class MSDeformAttn(nn.Module):
@@ -37,7 +38,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head m starts out looking in direction 2πm/M, its point p at p + 1 pixels (in the maximum norm)."""
+        """Point head m in direction 2πm/M, its point p at p + 1 pixels (in the maximum norm); all weights are equal."""
         angle = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -57,8 +58,8 @@ class MSDeformAttn(nn.Module):
         query: Tensor,
         reference_points: Tensor,
         input_flatten: Tensor,
-        input_spatial_shapes: Tensor | Sequence[tuple[int, int]],
-        input_level_start_index: Tensor | Sequence[int],
+        input_spatial_shapes: SpatialShapes,
+        input_level_start_index: LevelStartIndex | None,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend from each query to a few points around its reference on every level.
@@ -68,7 +69,7 @@ class MSDeformAttn(nn.Module):
             reference_points: (B, Q, L, 2) as (x, y), or (B, Q, L, 4) as (cx, cy, w, h), 0..1 over the padded map.
             input_flatten: (B, S, M·D), the levels one after the other.
             input_spatial_shapes: L rows (H, W).
-            input_level_start_index: where each level starts in S.
+            input_level_start_index: (L,), the first pixel of each level in S: only checked, and may be None.
             input_padding_mask: (B, S) bool, True where the value counts as zero.
 
         Returns:

@@ -7,6 +7,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from solq.errors import first_line
 from solq.models.backbones import SWINS
 
 
@@ -44,9 +45,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # zip, pickle and tensor readers each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"backbone weights {path} are damaged or no state dict ({reason}): use another file"
+            f"backbone weights {path} are damaged or no state dict ({first_line(error)}): use another file"
         ) from error
     for entry in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(entry), dict):
@@ -71,6 +71,6 @@ def _download(name: str) -> dict[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise OSError(
-            f"the ImageNet weights of {name} cannot be downloaded ({str(error).splitlines()[0]}): give "
+            f"the ImageNet weights of {name} cannot be downloaded ({first_line(error)}): give "
             "--backbone-weights PATH with a file fetched elsewhere, or --backbone-weights none to train from scratch"
         ) from error

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from solq.detections import ModelMeta, coco_class_names
 from solq.models.backbones import Backbone
+from solq.models.published import PublishedTensors
 from solq.models.queryinst.config import QueryInstConfig
 
 RESNETS: dict[int, Backbone] = {6: "resnet50", 23: "resnet101"}
@@ -75,14 +75,8 @@ def infer_config(weights: Mapping[str, Tensor], settings: Any = None) -> QueryIn
         ValueError: if a tensor is missing, or the checkpoint is of an architecture that this model does not have.
     """
 
-    def shape(key: str) -> torch.Size:
-        if key not in weights:
-            raise ValueError(f"it has no {key}, as a published QueryInst checkpoint would: use another file")
-        return weights[key].shape
-
-    def count(pattern: str) -> int:
-        return len({match[1] for key in weights if (match := re.match(pattern, key))})
-
+    tensors = PublishedTensors(weights, "a published QueryInst")
+    shape, count = tensors.shape, tensors.count
     head, mask_head = "roi_head.bbox_head.0", "roi_head.mask_head.0"
     num_queries, width = shape("rpn_head.init_proposal_features.weight")
     num_classes = shape(f"{head}.fc_cls.bias")[0]

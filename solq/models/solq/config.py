@@ -25,6 +25,7 @@ class SOLQConfig:
             "mask_coding_weights",
         }
     )
+    dense_labels: ClassVar[bool] = False
 
     backbone: Backbone = "resnet50"
     backbone_norm: Literal["frozen", "group"] = "frozen"

@@ -4,7 +4,6 @@ The four rows of the paper's Table 3a (section 3.2, mask compression coding). Ea
 hold what was fitted on a training set, so that they are part of a checkpoint and follow the model to its device.
 """
 
-import os
 import warnings
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from solq.files import atomic_write
 from solq.kernels import (
     binarize,
     dct_decode,
@@ -331,11 +331,9 @@ def build_mask_coding(
 def save(coding: PCACoding | SparseCoding, path: str | Path) -> None:
     """Write a fitted coding to a safetensors file. A file of that name is replaced only by a complete one."""
     coding._require_fitted()
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
     tensors = {key: value.contiguous().cpu() for key, value in coding.state_dict().items()}
-    unfinished.write_bytes(serialize(tensors, {"mask_coding": coding.name, "size": str(coding.size)}))
-    os.replace(unfinished, path)
+    with atomic_write(path) as file:
+        file.write(serialize(tensors, {"mask_coding": coding.name, "size": str(coding.size)}))
 
 
 def load(path: str | Path) -> PCACoding | SparseCoding:

@@ -2,17 +2,17 @@
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from solq.detections import ModelMeta, coco_class_names
 from solq.models.backbones import Backbone
+from solq.models.published import PublishedTensors
 from solq.models.solq.config import SOLQConfig
 
-# What an official file's settings may say beside the sizes of its tensors, and the values that this model has.
+# Settings in an official file that the sizes of tensors do not tell, and the values that this model has.
 REQUIRED_SETTINGS = {"activation": "relu", "position_embedding": "sine", "dilation": False}
 
 
@@ -65,14 +65,8 @@ def infer_config(weights: Mapping[str, Tensor], settings: Any = None) -> SOLQCon
         ValueError: if a tensor is missing, or the checkpoint is of an architecture that this model does not have.
     """
 
-    def shape(key: str) -> torch.Size:
-        if key not in weights:
-            raise ValueError(f"it has no {key}, as an official SOLQ checkpoint would: use another file")
-        return weights[key].shape
-
-    def count(pattern: str) -> int:
-        return len({match[1] for key in weights if (match := re.match(pattern, key))})
-
+    tensors = PublishedTensors(weights, "an official SOLQ")
+    shape, count = tensors.shape, tensors.count
     if isinstance(settings, Mapping):
         settings = argparse.Namespace(**settings)
     for name, value in REQUIRED_SETTINGS.items():
@@ -84,7 +78,7 @@ def infer_config(weights: Mapping[str, Tensor], settings: Any = None) -> SOLQCon
     two_stage = "transformer.enc_output.weight" in weights
     with_masks = "vector_embed.0.layers.0.weight" in weights
     return SOLQConfig(
-        backbone=_infer_backbone(weights, count),
+        backbone=_infer_backbone(tensors),
         num_classes=shape("class_embed.0.bias")[0],
         width=width,
         num_heads=num_heads,
@@ -102,14 +96,14 @@ def infer_config(weights: Mapping[str, Tensor], settings: Any = None) -> SOLQCon
     )
 
 
-def _infer_backbone(weights: Mapping[str, Tensor], count: Callable[[str], int]) -> Backbone:
+def _infer_backbone(tensors: PublishedTensors) -> Backbone:
     """Tell the backbone by the width of its first layer and the number of blocks in its third stage."""
     known: dict[tuple[int, int], Backbone]
-    if (stem := weights.get("backbone.0.body.conv1.weight")) is not None:
-        blocks = count(r"backbone\.0\.body\.layer3\.(\d+)\.")
+    if (stem := tensors.weights.get("backbone.0.body.conv1.weight")) is not None:
+        blocks = tensors.count(r"backbone\.0\.body\.layer3\.(\d+)\.")
         known = {(64, 6): "resnet50", (64, 23): "resnet101"}
-    elif (stem := weights.get("backbone.0.body.patch_embed.proj.weight")) is not None:
-        blocks = count(r"backbone\.0\.body\.layers\.2\.blocks\.(\d+)\.")
+    elif (stem := tensors.weights.get("backbone.0.body.patch_embed.proj.weight")) is not None:
+        blocks = tensors.count(r"backbone\.0\.body\.layers\.2\.blocks\.(\d+)\.")
         known = {(96, 6): "swin-t", (96, 18): "swin-s", (128, 18): "swin-b", (192, 18): "swin-l"}
     else:
         raise ValueError("its backbone is neither a ResNet nor a Swin transformer")

@@ -1,12 +1,10 @@
-"""Deformable attention: the reference against grid_sample, the Triton kernels against the reference."""
+"""Deformable attention: the fast CPU path against the definition, the Triton kernels against the fast CPU path."""
 
-import importlib
 from itertools import accumulate
 from typing import ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,10 +13,10 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from solq import kernels
 from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
+from solq.kernels.ms_deform_attn import configuration, cpu, launch, operators, plain
 from solq.kernels.runtime import INTERPRETED
-
-kernels = importlib.import_module("solq.kernels.ms_deform_attn.kernels")  # the package has a function of this name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 4), (1, 1), (2, 5)]
@@ -90,19 +88,6 @@ def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float) -
             assert (f.double() - e.double()).abs().max() <= tolerance * e.abs().max().clamp(min=1e-3)
 
 
-def by_grid_sample(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """An independent definition: one grid_sample per level."""
-    B, _, M, D = value.shape
-    Q, P = locations.shape[1], locations.shape[4]
-    total = value.new_zeros(B * M, D, Q)
-    for level, (rows, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], dim=1), shapes, strict=True)):
-        image = rows.permute(0, 2, 3, 1).reshape(B * M, D, h, w)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(B * M, Q, P, 2)
-        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        total = total + (samples * weights[:, :, :, level].transpose(1, 2).reshape(B * M, 1, Q, P)).sum(-1)
-    return total.view(B, M * D, Q).transpose(1, 2)
-
-
 class TestReference:
     @settings(max_examples=50, deadline=None, derandomize=True)
     @given(
@@ -114,9 +99,9 @@ class TestReference:
         seed=st.integers(0, 1 << 30),
     )
     @example(B=1, Q=2100, M=2, P=1, shapes=SHAPES, seed=0)  # gradients of weights are made in parts of 4096 bags
-    def test_equals_grid_sample(self, B, Q, M, P, shapes, seed) -> None:
+    def test_equals_the_definition(self, B, Q, M, P, shapes, seed) -> None:
         inputs = value, locations, weights = make("plain", B, Q, M, 5, P, shapes, seed=seed)
-        expected = by_grid_sample(value, shapes, locations, weights)
+        expected = plain.ms_deform_attn(value, shapes, locations, weights)
         found = reference.ms_deform_attn(value, shapes, starts_of(shapes), locations, weights)
         assert_near(with_gradients(found, inputs), with_gradients(expected, inputs), 1e-12)
 
@@ -130,8 +115,20 @@ class TestReference:
             locations = centres + offsets / sizes[:, None]
         else:
             locations = centres[..., :2] + offsets / offsets.shape[4] * centres[..., 2:] * 0.5
-        expected = by_grid_sample(value, SHAPES, locations, weights)
+        expected = plain.ms_deform_attn(value, SHAPES, locations, weights)
         assert_near([call(form, [value, points, offsets, logits], module=reference)], [expected], 1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_forced_definition(self, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cpu, "ms_deform_attn", None)  # which the definition is not made of
+        inputs = make(form, dtype=dtype)
+        with use_backend("definition"):
+            found = results(form, inputs, shapes=torch.tensor(SHAPES, device=DEVICE))
+        assert found[0].dtype == dtype
+        monkeypatch.undo()
+        expected = results(form, in_float64(inputs), module=reference)
+        assert_near(found, expected, 1e-12 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps)
 
     def test_equals_transformers(self) -> None:
         modeling = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
@@ -283,7 +280,7 @@ class TestTriton:
             .view_as(points[:, :3])
         )
         inputs[-2] = points.requires_grad_()
-        launch, guarded = kernels._launch, 0
+        original, guarded = launch._launch, 0
 
         def guarded_launch(kernel, direction, tensors, *others, **options):
             """The same launch with 64 elements of nonsense before and after every tensor."""
@@ -295,14 +292,14 @@ class TestTriton:
                 buffer[64:-64] = tensor.flatten()
                 buffers.append(buffer)
             inner = [b[64:-64].view(t.shape) for b, t in zip(buffers, tensors, strict=True)]
-            launch(kernel, direction, inner, *others, **options)
+            original(kernel, direction, inner, *others, **options)
             for tensor, buffer, result in zip(tensors, buffers, inner, strict=True):
                 band = torch.cat([buffer[:64], buffer[-64:]])
                 assert (band.isnan() if tensor.is_floating_point() else band == 1 << 20).all()
                 tensor.copy_(result)
             guarded += 1
 
-        monkeypatch.setattr(kernels, "_launch", guarded_launch)
+        monkeypatch.setattr(launch, "_launch", guarded_launch)
         output, *gradients = results(form, inputs)
         assert guarded == 2
         assert not output[:, :3].any()
@@ -336,9 +333,9 @@ class TestTriton:
     @pytest.mark.parametrize("form", FORMS)
     def test_opcheck(self, form: str) -> None:
         value, *others = make(form, B=1, Q=1, M=1, P=1, dtype=torch.float32)
-        shapes, starts = torch.tensor(SHAPES, device=DEVICE), torch.tensor(starts_of(SHAPES), device=DEVICE)
-        operator = torch.ops.solq.ms_deform_attn if form == "plain" else torch.ops.solq.ms_deform_attn_fused
-        torch.library.opcheck(operator.default, (value, shapes, starts, *others), atol=1e-5, rtol=1e-5)
+        levels = operators.level_table(SHAPES, value)
+        arguments = (value, levels, None, *others) if form == "plain" else (value, levels, *others)
+        torch.library.opcheck(torch.ops.solq.ms_deform_attn.default, arguments, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("form", ["plain", "points"])
     def test_compiles_once_for_all_batches_and_queries(self, form: str) -> None:
@@ -425,7 +422,7 @@ class TestTriton:
             value, *others = (torch.empty(t.shape, device="cuda") for t in make("points"))
             graph = make_fx(lambda *tensors: ms_deform_attn_fused(tensors[0], SHAPES, starts_of(SHAPES), *tensors[1:]))
             nodes = [str(node.target) for node in graph(value, *others).graph.nodes]
-        assert "solq.ms_deform_attn_fused.default" in nodes
+        assert "solq.ms_deform_attn.default" in nodes
         assert not any("copy" in node or "lift" in node for node in nodes)
 
     @pytest.mark.gpu
@@ -474,7 +471,7 @@ class TestWindows:
 
     @pytest.fixture(autouse=True)
     def _every_encoder(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+        monkeypatch.setattr(configuration, "FEW_ROWS", 0)
         with use_backend("triton"):
             yield
 
@@ -498,8 +495,8 @@ class TestWindows:
 
     def check(self, form: str, inputs: list[Tensor], tolerance: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
         launched = []
-        launch = kernels._launch_windows
-        monkeypatch.setattr(kernels, "_launch_windows", lambda *given: launched.append(launch(*given)))
+        original = launch.launch_windows
+        monkeypatch.setattr(launch, "launch_windows", lambda *given: launched.append(original(*given)))
         found = results(form, inputs, **self.LEVELS)
         assert len(launched) == 1
         expected = results(form, in_float64(inputs), module=reference, **self.LEVELS)
@@ -532,7 +529,7 @@ class TestWindows:
         shapes = [(100, 167), (50, 84), (25, 42), (13, 21)]
         inputs = self.make("points", B=2, M=8, D=48, P=4, shapes=shapes, dtype=torch.bfloat16)
         in_windows = results("points", inputs, shapes=shapes, starts=starts_of(shapes))
-        monkeypatch.setattr(kernels, "_in_windows", lambda *given: False)
+        monkeypatch.setattr(launch, "uses_windows", lambda *given: False)
         corner_by_corner = results("points", inputs, shapes=shapes, starts=starts_of(shapes))
         assert_near(in_windows, corner_by_corner, 8 * torch.finfo(torch.bfloat16).eps)
 
@@ -552,18 +549,18 @@ class TestWindows:
             inputs[1][:, ::2] = bad.repeat(inputs[1][:, ::2].numel() // 6 + 1)[: inputs[1][:, ::2].numel()].view_as(
                 inputs[1][:, ::2]
             )
-        launch = kernels._launch_windows
+        original = launch.launch_windows
 
         def guarded(tensors: list[Tensor], *others: object) -> None:
             """The same launch with 64 elements of nonsense around value's gradient, which alone is written."""
             buffer = torch.full((tensors[0].numel() + 128,), 7.0, device=DEVICE)
             inner = buffer[64:-64].view(tensors[0].shape)
             inner.zero_()
-            launch([inner, *tensors[1:]], *others)
+            original([inner, *tensors[1:]], *others)
             assert (torch.cat([buffer[:64], buffer[-64:]]) == 7).all()
             tensors[0].copy_(inner)
 
-        monkeypatch.setattr(kernels, "_launch_windows", guarded)
+        monkeypatch.setattr(launch, "launch_windows", guarded)
         assert self.check("plain", inputs, 5e-6, monkeypatch).isfinite().all()
 
 
@@ -635,6 +632,15 @@ def test_forward_mode_is_an_error(backend: str) -> None:
     value, *others = (tensor.detach() for tensor in make("points", B=1, Q=1))
     with use_backend(backend), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="value has a forward"):
         call("points", [forward_ad.make_dual(value, torch.ones_like(value)), *others])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", "definition"])
+@pytest.mark.parametrize("form", FORMS)
+def test_level_start_index_may_be_left_out(form: str, backend: str) -> None:
+    value, *others = make(form, B=1)
+    function = ms_deform_attn if form == "plain" else ms_deform_attn_fused
+    with use_backend(backend):
+        assert torch.equal(function(value, SHAPES, None, *others), function(value, SHAPES, [0, 12, 13], *others))
 
 
 def test_level_counts_that_disagree() -> None:

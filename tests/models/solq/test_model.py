@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,16 +19,14 @@ from solq.models.solq.model import SOLQ
 from solq.training.criterion import SetCriterion
 from solq.training.matcher import HungarianMatcher
 
-TINY = SOLQConfig(
-    backbone="resnet10",
+TINY = tiny.solq_config(
+    backbone_norm="frozen",
     num_classes=5,
-    width=64,
     num_heads=4,
-    encoder_layers=1,
-    decoder_layers=2,
     feedforward=64,
     dropout=0.0,
     num_queries=7,
+    num_levels=4,
     num_points=2,
     num_coefficients=20,
     mask_size=16,
