@@ -28,7 +28,7 @@ def test_triton_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     value, locations, weights = torch.zeros(1, 4, 1, 2), torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
     with use_backend("triton"), pytest.raises(RuntimeError, match="Triton backend was asked for with tensors on cpu"):
         ms_deform_attn(value, [(2, 2)], [0], locations, weights)
-    levels = torch.tensor([[2, 2, 0]])
+    levels = torch.tensor([[2], [2], [0]])
     with pytest.raises(RuntimeError, match="Triton backend"):  # the operator itself never falls back either
         torch.ops.solq.ms_deform_attn(value, levels, None, locations, weights)
 

@@ -79,12 +79,13 @@ def _check_sample_shapes(value: Tensor, points_name: str, points: Tensor, weight
 
 
 def _check_reference_points(reference_points: Tensor, points_name: str, points: Tensor) -> None:
-    given = f"reference_points has shape {_shape(reference_points)}"
     B, Q, _, L, _, _ = points.shape
     if reference_points.ndim != 4 or reference_points.shape[-1] not in (2, 4):
-        raise ValueError(f"{given}, must be (B, Q, L, 2) or (B, Q, L, 4)")
+        raise ValueError(f"reference_points has shape {_shape(reference_points)}, must be (B, Q, L, 2) or (B, Q, L, 4)")
     if reference_points.shape[:3] != (B, Q, L):
-        raise ValueError(f"{given}, must be (B={B}, Q={Q}, L={L}, …) as {points_name}")
+        raise ValueError(
+            f"reference_points has shape {_shape(reference_points)}, must be (B={B}, Q={Q}, L={L}, …) as {points_name}"
+        )
 
 
 def _check_level_argument(name: str, given: SpatialShapes | LevelStartIndex, ndim: int, value: Tensor) -> None:

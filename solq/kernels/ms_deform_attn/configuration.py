@@ -1,4 +1,4 @@
-"""How the kernels are launched: block sizes, warps and registers.
+"""Choose how the kernels are launched: block sizes, warps and registers.
 
 LAUNCH_TABLE holds what was measured; where it has no entry, the rules below decide.
 """

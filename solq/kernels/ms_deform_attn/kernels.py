@@ -1,4 +1,4 @@
-"""Triton kernels of multi-scale deformable attention: the forward pass and the backward pass.
+"""Compute multi-scale deformable attention and its gradients in Triton: the forward and the backward kernel.
 
 A program serves a tile of neighboring queries of one head of one image: their samples lie close together, so most of
 the 4·L·P rows of D channels that each query reads are found in L1. All lanes of a query compute the same positions and
@@ -83,7 +83,7 @@ def forward_kernel(
             accumulators += (tl.zeros(word.shape, COMPUTE),)  # type: ignore[assignment]
 
     for level in range(L):
-        height, width, start = load_level(levels_ptr, level)
+        height, width, start = load_level(levels_ptr, level, L)
         transform = pixel_transform(reference_ptr, query, level, height, width, L, P, REFERENCE_SIZE, COMPUTE)
         right = (width > 1).to(tl.int32)
         down = (height > 1).to(tl.int32) * width
@@ -170,7 +170,7 @@ def backward_kernel(
     points = tl.arange(0, BLOCK_P)[None, :]
     in_rows = rows < num_queries - tile
     for level in range(L):
-        height, width, start = load_level(levels_ptr, level)
+        height, width, start = load_level(levels_ptr, level, L)
         transform = pixel_transform(reference_ptr, query, level, height, width, L, P, REFERENCE_SIZE, COMPUTE)
         right = (width > 1).to(tl.int32)
         down = (height > 1).to(tl.int32) * width

@@ -4,6 +4,7 @@ One operator serves both forms, as one kernel does: without reference points, `c
 `weights` attention weights; with them, the two are offsets and logits. It runs Triton kernels and nothing else.
 """
 
+import itertools
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,7 @@ def ms_deform_attn(
 
     Args:
         value: (B, S, M, D).
-        levels: (L, 3) integers, rows (height, width, first pixel in S): see :func:`level_table`.
+        levels: (3, L) integers, the heights, the widths and the first pixels in S: see :func:`level_table`.
         reference_points: (B, Q, L, 2 or 4), or None.
         coordinates: (B, Q, M, L, P, 2).
         weights: (B, Q, M, L, P).
@@ -113,7 +114,7 @@ _register_autocast("cpu", "AutocastCPU")
 
 
 def level_table(spatial_shapes: SpatialShapes, value: Tensor) -> Tensor:
-    """Return the rows (height, width, first pixel in S) of the levels (L, 3), on the device of `value`.
+    """Return the heights, the widths and the first pixels in S of the levels (3, L), on the device of `value`.
 
     The host never waits. A list costs nothing after its first time; of a tensor on a GPU, the first pixels are computed
     there at each call.
@@ -123,29 +124,28 @@ def level_table(spatial_shapes: SpatialShapes, value: Tensor) -> Tensor:
             shapes = spatial_shapes.to(value.device)
             sizes = shapes.prod(1, dtype=shapes.dtype)
             starts = sizes.cumsum(0, dtype=shapes.dtype) - sizes
-            return torch.cat([shapes, starts[:, None]], dim=1)
+            return torch.cat([shapes.T, starts[None]])
         spatial_shapes = spatial_shapes.tolist()
-    rows: list[tuple[int, int, int]] = []
-    start = 0
-    for height, width in spatial_shapes:
-        rows.append((height, width, start))
-        start = start + height * width
+    heights, widths = zip(*spatial_shapes, strict=True)
+    sizes_before = itertools.accumulate((height * width for height, width in spatial_shapes[:-1]), initial=0)
+    numbers = *heights, *widths, *sizes_before
     if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
         # Traced, numbers become part of the graph. Filled in on the device, they need no copy that the host waits for.
-        filled = [value.new_full((1,), number, dtype=torch.int32) for row in rows for number in row]
-        return torch.cat(filled).view(len(rows), 3)
-    return _copied_to(value.device, tuple(rows))
+        filled = [value.new_full((1,), number, dtype=torch.int32) for number in numbers]
+        return torch.cat(filled).view(3, -1)
+    return _copied_to(value.device, numbers)
 
 
 @lru_cache(maxsize=4096)
-def _copied_to(device: torch.device, rows: tuple[tuple[int, int, int], ...]) -> Tensor:
-    """Copy integers to a device, once. A copy from pinned memory does not make the host wait."""
+def _copied_to(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """Copy a level table (3, L) to a device, once. A copy from pinned memory does not make the host wait."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        shapes = [(height, width) for height, width, _ in rows]
+        L = len(numbers) // 3
+        shapes = list(zip(numbers[:L], numbers[L : 2 * L], strict=True))
         raise RuntimeError(
             f"spatial_shapes {shapes} was not seen before this CUDA graph is captured: "
             "call the operator once before, or give a tensor"
         )
     with torch.inference_mode(False):
-        host = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda").view(3, -1)
         return host.to(device, non_blocking=True)

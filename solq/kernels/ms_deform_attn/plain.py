@@ -90,7 +90,7 @@ def locations_and_weights(
 
 
 def as_tensor(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Do as `torch.as_tensor`, which would make constants of the sizes that torch.export keeps dynamic."""
+    """Convert sizes to a tensor. (`torch.as_tensor` makes constants of those that torch.export keeps dynamic.)"""
     if isinstance(shapes, Tensor):
         return shapes.to(device, dtype)
     return torch.tensor(shapes, dtype=dtype, device=device)

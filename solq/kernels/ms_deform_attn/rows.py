@@ -1,4 +1,4 @@
-"""How the kernels read the rows of `value`, and add to those of its gradient: D channels of one pixel and head.
+"""Read the rows of `value`, and add to those of its gradient: D channels of one pixel and head.
 
 The lanes of a warp are dealt out in order, LANES to a query; a lane reads 16 bytes of a row, so that a query's lanes
 read it all at once. A row is read in words of 32 bits (64 for float64). Two half-precision channels share a word

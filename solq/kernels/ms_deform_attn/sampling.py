@@ -1,4 +1,4 @@
-"""Where the samples of multi-scale deformable attention lie, and what they weigh: functions that all kernels share.
+"""Compute where the samples of deformable attention lie, and what they weigh: functions that all kernels share.
 
 A lane computes the position and the four weights of a sample for itself. Of the two pixels along an axis the lower one
 is moved inside the level first, and hat functions give the weights, which are zero for pixels outside. So no index is
@@ -60,11 +60,11 @@ def store_pairs(ptr, index, x, y, mask):
 
 
 @triton.jit
-def load_level(levels_ptr, level):
+def load_level(levels_ptr, level, L: tl.constexpr):
     """Load the height, the width and the first pixel of a level."""
-    height = tl.load(levels_ptr + 3 * level).to(tl.int32)
-    width = tl.load(levels_ptr + 3 * level + 1).to(tl.int32)
-    start = tl.load(levels_ptr + 3 * level + 2).to(tl.int32)
+    height = tl.load(levels_ptr + level).to(tl.int32)
+    width = tl.load(levels_ptr + L + level).to(tl.int32)
+    start = tl.load(levels_ptr + 2 * L + level).to(tl.int32)
     return height, width, start
 
 

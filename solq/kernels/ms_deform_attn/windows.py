@@ -30,7 +30,7 @@ def pixel_in_strips(position, levels_ptr, L: tl.constexpr, STRIP: tl.constexpr):
     pixel = position
     start = 0
     for level in range(L):
-        height, width, _start = load_level(levels_ptr, level)
+        height, width, _start = load_level(levels_ptr, level, L)
         inside = (position >= start) & (position < start + height * width)
         within = tl.where(inside, position - start, 0)
         top = within // (STRIP * width) * STRIP
@@ -164,7 +164,7 @@ def window_kernel(
         grads = split_exactly(grads[0], tl.float32)
 
     for level in range(L):
-        height, width, start = load_level(levels_ptr, level)
+        height, width, start = load_level(levels_ptr, level, L)
         transform = pixel_transform(
             reference_ptr, query[None, :], level, height, width, L, P, REFERENCE_SIZE, tl.float32
         )
@@ -219,7 +219,7 @@ def window_kernel(
 
         if outside > 0:
             # Load the size again: kept from above, it would take registers from the loop over the rows.
-            level_height, level_width, level_start = load_level(levels_ptr, level)
+            level_height, level_width, level_start = load_level(levels_ptr, level, L)
             column_transform = pixel_transform(
                 reference_ptr, query[:, None], level, level_height, level_width, L, P, REFERENCE_SIZE, tl.float32
             )
