@@ -71,10 +71,10 @@ class UsualDataset(Dataset):
         numbered = torch.cat([torch.arange(len(boxes))[:, None], boxes], dim=1)
         cropped = roi_align(masks[:, None].float(), numbered.float(), (128, 128), aligned=True)[:, 0] >= 0.5
         corners = boxes.as_subclass(Tensor) / torch.tensor([w, h, w, h])
-        centre, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+        center, extent = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
         target = {
             "labels": labels,
-            "boxes": torch.cat([centre, extent], dim=1),
+            "boxes": torch.cat([center, extent], dim=1),
             "masks": cropped.to(torch.uint8),
             "image_id": info["id"],
             "orig_size": torch.tensor([H, W]),

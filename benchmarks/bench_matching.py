@@ -2,7 +2,7 @@
 
 Contenders: this project; DETR's formulation (the cost of all B·Q × T pairs, layer by layer, `.cpu()`, SciPy per image);
 the same with only the blocks of one image copied; torch-linear-assignment where it is installed.
-`extra_info` has the host synchronisations and the peak memory of one call, on a GPU.
+`extra_info` has the host synchronizations and the peak memory of one call, on a GPU.
 
     pytest benchmarks/bench_matching.py --benchmark-only
     python -m benchmarks.bench_matching    # from how many targets on SciPy would be the better choice on a GPU
@@ -149,7 +149,7 @@ def torch_linear_assignment_matching(batch: Batch) -> list[Tensor]:
 
 
 def run(benchmark, call: Callable[[], object]) -> None:
-    """Time `call` on DEVICE; on a GPU count its host synchronisations and its memory too."""
+    """Time `call` on DEVICE; on a GPU count its host synchronizations and its memory too."""
 
     def timed() -> None:
         call()
@@ -171,7 +171,7 @@ def run(benchmark, call: Callable[[], object]) -> None:
                     call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            benchmark.extra_info["synchronisations"] = sum("synchroniz" in str(w.message) for w in caught)
+            benchmark.extra_info["synchronizations"] = sum("synchroniz" in str(w.message) for w in caught)
             benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         benchmark.pedantic(timed, rounds=min(max(rounds, 3), 50))
 

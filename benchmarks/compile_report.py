@@ -34,6 +34,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -132,6 +133,11 @@ def _amd(compiled: Any) -> dict[str, Any]:
     }
 
 
+def _paths(index: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...]]:
+    """List the paths, as `ASTSource` has them, of an argument of this index: one, or one for each entry of a tuple."""
+    return [(index,)] if isinstance(kind, str) else [(index, entry) for entry in range(len(kind))]
+
+
 def compile_case(module: str, index: int, target: str) -> Row:
     """Compile one case for one target, and compare what comes out with its expectations."""
     label, kernel, signature, constexprs, attrs, num_warps, num_stages, expectations = cases(module)[index]
@@ -142,7 +148,9 @@ def compile_case(module: str, index: int, target: str) -> Row:
         fn=kernel,
         signature={name: signature.get(name, "constexpr") for name in names},
         constexprs=constexprs,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in attrs},
+        attrs={
+            path: [["tt.divisibility", 16]] for name in attrs for path in _paths(names.index(name), signature[name])
+        },
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, **LAUNCH_OPTIONS}
     options |= expectations.get("options", {})
@@ -160,7 +168,7 @@ def compile_case(module: str, index: int, target: str) -> Row:
     return Row(label=label, target=target, num_warps=num_warps, broken=broken, **found)
 
 
-def report(targets: list[str], match: str = "", modules: tuple[str, ...] = MODULES) -> list[Row]:
+def report(targets: list[str], match: str = "", modules: Iterable[str] = MODULES) -> list[Row]:
     """Compile every case whose label matches the regular expression `match` for the targets, in parallel."""
     jobs = [
         (module, index, target)

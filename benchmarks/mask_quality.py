@@ -19,6 +19,7 @@ import torch
 from pycocotools.coco import COCO
 from torch import Tensor
 
+from solq.data.annotations import split_paths
 from solq.kernels import dct_decode_binary, dct_encode, paste_masks
 from solq.kernels.reference import crop_masks
 from solq.models.solq.mask_coding import FlatCoding, PCACoding, SparseCoding
@@ -38,7 +39,7 @@ class Instances(NamedTuple):
 
 
 def read(folder: Path, split: str) -> list[Instances]:
-    coco = COCO(str(folder / "annotations" / f"instances_{split}.json"))
+    coco = COCO(str(split_paths(folder, split)[1]))
     images = []
     for image_id in coco.getImgIds():
         annotations = coco.loadAnns(coco.getAnnIds(image_id, iscrowd=False))
@@ -136,8 +137,8 @@ def draw_grid(
         mask, box = image.masks[k], image.boxes[k]
         H, W = mask.shape
         # A square around the box.
-        centre, half = (box[:2] + box[2:]) / 2, float((box[2:] - box[:2]).max()) * 0.53
-        limits = [centre[0] - half, centre[0] + half, centre[1] + half, centre[1] - half]
+        center, half = (box[:2] + box[2:]) / 2, float((box[2:] - box[:2]).max()) * 0.53
+        limits = [center[0] - half, center[0] + half, center[1] + half, center[1] - half]
         picture = np.where(mask[..., None], 40, 245).astype(np.uint8).repeat(3, -1)
         pictures = [("mask", picture)]
         for n in shown:

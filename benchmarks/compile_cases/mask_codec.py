@@ -55,9 +55,10 @@ def compile_cases() -> Iterator[tuple[Any, ...]]:
                 | dict.fromkeys(("stride_mask", "stride_y", "stride_x", "height", "width", "num_coefficients"), "i32"),
                 crop_blocks(size, n),
             )
-        yield case(
-            "paste_masks N=128",
-            paste_kernel,
-            {"masks_ptr": "*u8", "boxes_ptr": "*fp32", "images_ptr": "*u8", "height": "i32", "width": "i32"},
-            {"SIZE": 128, **PASTE_BLOCK},
-        )
+        for dtype, size in (("u8", 128), ("fp32", 28)):
+            yield case(
+                f"paste_masks {dtype} N={size}",
+                paste_kernel,
+                {"masks_ptr": f"*{dtype}", "boxes_ptr": "*fp32", "images_ptr": "*u8", "height": "i32", "width": "i32"},
+                {"SIZE": size, **PASTE_BLOCK},
+            )

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .dynamic_conv.definition import dynamic_conv
 from .mask_codec.crop_paste import crop_dct_encode, crop_masks, dct_decode_paste, paste_masks
 from .mask_codec.dct import binarize, dct_decode, dct_decode_binary, dct_encode, dct_matrix, kept_rows, zigzag
 from .mask_codec.runs import mask_runs, paste_runs
@@ -13,6 +14,7 @@ from .matching.cost import matching_cost as plain_matching_cost
 from .ms_deform_attn import cpu
 from .ms_deform_attn.checks import LevelStartIndex
 from .ms_deform_attn.plain import SpatialShapes
+from .roi_align.definition import multiscale_roi_align
 
 __all__ = [
     "binarize",
@@ -23,12 +25,14 @@ __all__ = [
     "dct_decode_paste",
     "dct_encode",
     "dct_matrix",
+    "dynamic_conv",
     "kept_rows",
     "linear_assignment",
     "mask_runs",
     "matching_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "multiscale_roi_align",
     "paste_masks",
     "paste_runs",
     "zigzag",

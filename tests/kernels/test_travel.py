@@ -18,7 +18,8 @@ import sys
 import torch
 
 OPERATORS = ["ms_deform_attn", "ms_deform_attn_backward", "dct_encode", "dct_decode", "dct_decode_binary",
-             "crop_dct_encode", "paste_masks", "dct_decode_paste", "matching_cost", "linear_assignment"]
+             "crop_dct_encode", "paste_masks", "dct_decode_paste", "matching_cost", "linear_assignment",
+             "multiscale_roi_align", "multiscale_roi_align_backward", "dynamic_conv", "dynamic_conv_backward"]
 
 def has_operators(namespace):
     found = [hasattr(getattr(torch.ops, namespace), name) for name in OPERATORS]
@@ -60,6 +61,11 @@ def results_of(kernels):
         gradients = torch.autograd.grad(output.square().sum(), inputs)
         assert all(gradient.any() for gradient in gradients)
         results[f"gradients {len(results)}"] = gradients
+    pyramid = [torch.rand(2, 8, side, side).requires_grad_() for side in (16, 8, 4, 2)]
+    regions = call("multiscale_roi_align", pyramid, boxes[0, 0] * 50, torch.tensor([0, 1, 1, 0, 0]), 3)
+    parameters = torch.rand(5, 2 * 8 * 4).requires_grad_()
+    output = call("dynamic_conv", regions.flatten(2).mT, parameters, *map(torch.rand, (4, 4, 8, 8)))
+    results["gradients of regions"] = torch.autograd.grad(output.square().sum(), [pyramid[0], parameters])
     layer = kernels.MSDeformAttn(16, 2, 2, 3)
     results["MSDeformAttn"] = layer(torch.rand(2, 5, 16), references, torch.rand(2, 16, 16), shapes, starts)
     assert not set(kernels.__all__) - {"use_backend"} - results.keys(), results.keys()

@@ -119,7 +119,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Te
     """Stretch masks over their boxes in an image: bilinear at pixel centers, zero around a mask, True where ≥ 0.5.
 
     Args:
-        masks: (K, N, N) bool, or uint8 of zeros and ones; any N.
+        masks: (K, N, N) bool, uint8 of zeros and ones, or floats, such as probabilities; any N.
         boxes: (K, 4) x0 y0 x1 y1 in pixels. Boxes that are inverted, empty or not finite give empty masks; of those
             that leave the image the visible part is pasted.
         image_size: (H, W).
@@ -131,7 +131,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Te
         ValueError: if shapes, dtypes or devices do not fit.
     """
     check_paste(masks, boxes, image_size)
-    return operators.paste_masks(masks, boxes.detach(), image_size)
+    return operators.paste_masks(masks.detach(), boxes.detach(), image_size)
 
 
 def dct_decode_paste(coefficients: Tensor, boxes: Tensor, image_size: tuple[int, int], size: int = 128) -> Tensor:
@@ -162,7 +162,7 @@ def paste_runs(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> tup
     the host waits for a GPU, and `torch.export` cannot trace this function.
 
     Args:
-        masks: (K, N, N) bool, or uint8 of zeros and ones; any N.
+        masks: (K, N, N) bool, uint8 of zeros and ones, or floats, such as probabilities; any N.
         boxes: (K, 4) x0 y0 x1 y1 in pixels.
         image_size: (H, W).
 
@@ -175,5 +175,5 @@ def paste_runs(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> tup
     """
     check_paste(masks, boxes, image_size)
     if backend_for(masks) == "triton":
-        return mask_runs(operators.paste_masks(masks, boxes.detach(), image_size))
-    return runs.paste_runs(masks, boxes.detach(), image_size)
+        return mask_runs(operators.paste_masks(masks.detach(), boxes.detach(), image_size))
+    return runs.paste_runs(masks.detach(), boxes.detach(), image_size)

@@ -54,8 +54,8 @@ def check_boxes(boxes: Tensor, others: Tensor, name: str) -> None:
 def check_paste(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> None:
     """Raise unless `masks` can be pasted into `boxes` of an image of that size."""
     check_square(masks)
-    if masks.dtype not in (torch.bool, torch.uint8):
-        raise ValueError(f"masks is {masks.dtype}, must be bool or uint8")
+    if masks.dtype not in (torch.bool, torch.uint8) and not masks.is_floating_point():
+        raise ValueError(f"masks is {masks.dtype}, must be bool, uint8 or floating-point")
     check_boxes(boxes, masks, "masks")
     check_image_size(image_size)
 

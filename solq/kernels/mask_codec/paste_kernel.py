@@ -17,7 +17,7 @@ def _pixel_range(start, end, extent):
 
 @triton.jit
 def paste_kernel(
-    masks_ptr,  # (K, N, N) bytes
+    masks_ptr,  # (K, N, N) bytes or floats
     boxes_ptr,  # (K, 4)
     images_ptr,  # (K, H, W) bytes, zeros
     height,

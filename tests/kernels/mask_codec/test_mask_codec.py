@@ -260,7 +260,20 @@ def test_paste_is_grid_sample(N: int, backend: str, device: torch.device) -> Non
     assert pasted.shape == (K, H, W)
     clear = (expected - 0.5).abs() > 1e-4
     assert torch.equal(pasted[clear], (expected >= 0.5)[clear])
-    assert torch.equal(paste_masks(masks.byte().to(device), boxes.to(device), (H, W)).cpu(), pasted)
+    for dtype in (torch.uint8, torch.float32, torch.bfloat16):
+        assert torch.equal(paste_masks(masks.to(device, dtype), boxes.to(device), (H, W)).cpu(), pasted)
+
+
+def test_paste_of_probabilities(backend: str, device: torch.device) -> None:
+    probabilities, boxes = torch.rand(3, 28, 28), random_boxes(3, 40, 50)
+    expected = grid_sample_paste(probabilities, boxes, 40, 50)
+    clear = (expected - 0.5).abs() > 1e-4
+    pasted = paste_masks(probabilities.to(device), boxes.to(device), (40, 50)).cpu()
+    assert torch.equal(pasted[clear], (expected >= 0.5)[clear])
+    positions, counts = paste_runs(probabilities.to(device), boxes.to(device), (40, 50))
+    of_images = mask_runs(pasted)
+    assert torch.equal(positions.cpu(), of_images[0])
+    assert torch.equal(counts.cpu(), of_images[1])
 
 
 def test_decode_paste_is_decode_then_paste(backend: str, device: torch.device) -> None:
@@ -403,7 +416,7 @@ square, boxes_of_two = torch.zeros(2, 16, 16), torch.zeros(2, 4)
         (lambda: dct_decode(torch.zeros(2, 9), 48.0), "size is 48.0, must be a multiple of 16"),
         (lambda: dct_encode(square, 9.0), "num_coefficients is 9.0, must be a whole number"),
         (lambda: paste_masks(torch.zeros(2, 9, 8).bool(), boxes_of_two, (9, 9)), "must be square"),
-        (lambda: paste_masks(square, boxes_of_two, (9, 9)), "masks is torch.float32, must be bool or uint8"),
+        (lambda: paste_masks(square.int(), boxes_of_two, (9, 9)), "masks is torch.int32, must be bool, uint8 or float"),
         (lambda: paste_runs(square.bool(), boxes_of_two[:1], (9, 9)), r"boxes has shape \(1, 4\)"),
         (lambda: paste_runs(square.bool(), boxes_of_two, (9, -1)), r"image_size is \(9, -1\)"),
     ],

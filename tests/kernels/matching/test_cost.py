@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 from solq.kernels import matching_cost, reference, use_backend
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-centres = st.integers(0, 50).map(lambda fiftieths: fiftieths / 50)  # closer ones differ by roundings of float32
+centers = st.integers(0, 50).map(lambda fiftieths: fiftieths / 50)  # closer ones differ by roundings of float32
 extents = st.one_of(st.sampled_from([0.0, -0.3]), st.floats(0.03, 1))
 
 
@@ -43,8 +43,8 @@ def focal(logit: float, alpha: float, gamma: float) -> float:
     return positive - negative
 
 
-def interval(centre: float, extent: float) -> tuple[float, float]:
-    return centre - max(extent, 0) / 2, centre + max(extent, 0) / 2
+def interval(center: float, extent: float) -> tuple[float, float]:
+    return center - max(extent, 0) / 2, center + max(extent, 0) / 2
 
 
 def giou(a: list[float], b: list[float]) -> float:
@@ -88,7 +88,7 @@ def cases(draw: st.DrawFn) -> Case:
         return torch.tensor(draw(st.lists(elements, min_size=count, max_size=count)), dtype=torch.float32).view(shape)
 
     def drawn_boxes(shape: tuple[int, ...]) -> Tensor:
-        return torch.cat([drawn((*shape, 2), centres), drawn((*shape, 2), extents)], dim=-1)
+        return torch.cat([drawn((*shape, 2), centers), drawn((*shape, 2), extents)], dim=-1)
 
     labels = torch.tensor(draw(st.lists(st.integers(0, C - 1), min_size=T, max_size=T)), dtype=torch.int64)
     offsets = torch.tensor([0, *sizes]).cumsum(0)

@@ -109,12 +109,12 @@ class TestReference:
     def test_fused_form_is_softmax_and_locations(self, form: str) -> None:
         value, points, offsets, logits = make(form)
         weights = logits.flatten(-2).softmax(-1).view(logits.shape)
-        centres = points[:, :, None, :, None]
+        centers = points[:, :, None, :, None]
         if form == "points":
             sizes = torch.tensor([(w, h) for h, w in SHAPES], device=DEVICE)
-            locations = centres + offsets / sizes[:, None]
+            locations = centers + offsets / sizes[:, None]
         else:
-            locations = centres[..., :2] + offsets / offsets.shape[4] * centres[..., 2:] * 0.5
+            locations = centers[..., :2] + offsets / offsets.shape[4] * centers[..., 2:] * 0.5
         expected = plain.ms_deform_attn(value, SHAPES, locations, weights)
         assert_near([call(form, [value, points, offsets, logits], module=reference)], [expected], 1e-12)
 
@@ -160,7 +160,7 @@ class TestReference:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
     @pytest.mark.parametrize(
-        ("argument", "numbers"), [(1, slice(2)), (1, slice(2, 4)), (2, slice(2))], ids=["centre", "size", "offset"]
+        ("argument", "numbers"), [(1, slice(2)), (1, slice(2, 4)), (2, slice(2))], ids=["center", "size", "offset"]
     )
     def test_boxes_that_are_not_finite_sample_zero(self, argument: int, numbers: slice, bad: float) -> None:
         inputs = make("boxes", B=1, dtype=torch.float32)
