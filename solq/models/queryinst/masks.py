@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from solq.data.batch import PackedTargets
+from solq.kernels import paste_masks, paste_runs
 from solq.models.base import MaskBranch, Matches, Selection
 from solq.models.queryinst.mask_targets import crop_targets
-from solq.models.queryinst.operators_todo import paste_masks, paste_runs
 from solq.models.queryinst.stages import DynamicConv, sample_regions
 
 MASK_REGION = 14  # side of the region features that masks are predicted from; masks have twice as many pixels

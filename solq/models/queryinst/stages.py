@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from solq.models.queryinst.operators_todo import dynamic_conv, multiscale_roi_align
+from solq.kernels import dynamic_conv, multiscale_roi_align
 
 BOX_REGION = 7  # side of the region features that boxes and classes are predicted from
 DELTA_SCALE = 0.5  # of the predicted shift of a box's center

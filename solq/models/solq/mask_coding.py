@@ -14,15 +14,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from solq.files import atomic_write
-from solq.kernels import (
-    binarize,
-    dct_decode,
-    dct_decode_binary,
-    dct_decode_paste,
-    dct_encode,
-    paste_masks,
-    paste_runs,
-)
+from solq.kernels import binarize, dct_decode, dct_decode_binary, dct_decode_paste, dct_encode, paste_masks, paste_runs
 
 MaskCodingName = Literal["dct", "pca", "sparse", "flat"]
 
