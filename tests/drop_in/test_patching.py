@@ -50,7 +50,7 @@ def test_a_version_that_is_too_old(patch: Patch, version: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("version", ["1.9", "1.10.0rc1", "2.3.4", "3.0.0.dev0"])
-def test_a_version_in_which_nothing_is_recognised(
+def test_a_version_in_which_nothing_is_recognized(
     patch: Patch, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Newer versions are tried, and refused only when nothing is found."""

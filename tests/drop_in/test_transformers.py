@@ -51,7 +51,7 @@ def made(make: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> tuple[nn.Modul
         pytest.skip(f"transformers {transformers.__version__} has no {folder_name(make)}")
     torch.manual_seed(0)
     model, inputs = make()
-    for name, parameter in model.named_parameters():  # as initialised, all queries sample alike
+    for name, parameter in model.named_parameters():  # as initialized, all queries sample alike
         if "sampling_offsets" in name or "attention_weights" in name:
             nn.init.normal_(parameter, std=0.2)
     if make not in tiny_models.IN_FLOAT32:
