@@ -4,6 +4,11 @@ The whole loop, to be read from top to bottom. `python train.py --help` lists ev
 --nproc-per-node=N train.py …` is the same run on N processes.
 """
 
+from solq.commands.flags import command_line
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and mistakes are answered at once
+    SETTINGS = command_line(__doc__)
+
 import contextlib
 import json
 import sys
@@ -20,22 +25,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from solq.commands.flags import command_line
 from solq.data.batch import Batch, Size, fill_up, normalize
 from solq.data.coco import CocoDataset
 from solq.data.sampler import TrainSampler
 from solq.detections import ModelMeta
+from solq.devices import choose_precision
 from solq.models import build
 from solq.models.base import InstanceSegmenter
+from solq.progress import say
 from solq.training.checkpoint import checkpoints, load_newest, save_checkpoint
+from solq.training.compilation import can_compile
 from solq.training.config import TrainConfig, check_continues, check_settings
 from solq.training.criterion import SetCriterion
 from solq.training.distributed import Process, any_process, start_process, sum_over_processes, wait_for_all
 from solq.training.loaders import load_data
 from solq.training.matcher import HungarianMatcher
-from solq.training.optimization import averaged_model, lr_factor, mixed_precision, parameter_groups, update_average
-from solq.training.report import write_report
-from solq.training.run_log import RunLog, say, start_logging, stop_signals
+from solq.training.optimization import averaged_model, lr_factor, parameter_groups, update_average
+from solq.training.report import say_start, write_report
+from solq.training.run_log import RunLog, start_logging, stop_signals
 from solq.training.start_weights import load_start_weights
 
 
@@ -54,8 +61,9 @@ def train(config: TrainConfig, process: Process) -> None:
     model = build_model(config, data.train_set, device, state)
     criterion = SetCriterion(HungarianMatcher(**model.matcher_settings), model)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
-    amp_dtype = mixed_precision(device) if config.amp else None
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    precision = choose_precision(device, config.precision if config.amp or config.precision != "auto" else "float32")
+    dtype = precision.dtype
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     ema = averaged_model(model, config.ema_decay)
     skipped = 0  # damaged images so far
     if state:
@@ -70,10 +78,13 @@ def train(config: TrainConfig, process: Process) -> None:
             skipped = state["skipped_images"]
             say(f"continuing {output} after step {start}")
         state = None  # frees its memory
-    network = wrap(model, config, process, num_graphs=len(data.sizes))
+    num_graphs = len(data.sizes) if config.compile and can_compile(device) else 0
+    network = wrap(model, process, num_graphs)
+    if process.is_main:
+        say_start(config, model, data, process.device, precision, num_graphs, range(start, steps))
 
     def report() -> None:
-        write_report(ema.module if ema else model, data.val_set, config, output, device, amp_dtype)  # type: ignore[arg-type]
+        write_report(ema.module if ema else model, data.val_set, config, output, device, dtype)  # type: ignore[arg-type]
 
     def checkpoint(step: int) -> None:
         counts = sum_over_processes({"skipped_images": skipped}, device)
@@ -87,7 +98,7 @@ def train(config: TrainConfig, process: Process) -> None:
     batches = prefetch(iter(data.loader), device, sampler.batch_size // world_size, data.sizes[0], data.mask_size)
     bad_step = torch.full((), -1, device=device)  # the first step with a loss or gradient that is not finite
     clock, images, stops = time.perf_counter(), 0, False
-    with stop_signals() as signals, RunLog(output, start, steps, enabled=process.is_main) as log:
+    with stop_signals() as signals, RunLog(output, start, steps, process.is_main, num_graphs) as log:
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor(step, config, steps)
@@ -97,9 +108,10 @@ def train(config: TrainConfig, process: Process) -> None:
             counts = criterion.count_targets([part.targets for part in parts], config.model.num_queries)
             losses: dict[str, Tensor] = {}
             for index, part in enumerate(parts):
+                log.announce_graph(part.images.shape)
                 waiting = world_size > 1 and index < len(parts) - 1  # gradients are exchanged with the last part
                 with network.no_sync() if waiting else contextlib.nullcontext():  # type: ignore[operator]
-                    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                    with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                         outputs = network(normalize(part.images, part.padding_mask), part.padding_mask)
                     part_losses = criterion(outputs, part.targets, counts)
                     scaler.scale(criterion.total(part_losses)).backward()
@@ -196,11 +208,11 @@ def build_model(
     return model.to(device)
 
 
-def wrap(model: InstanceSegmenter, config: TrainConfig, process: Process, num_graphs: int) -> nn.Module:
-    """Compile the model and spread it over the processes; the result shares the weights of `model`."""
+def wrap(model: InstanceSegmenter, process: Process, num_graphs: int) -> nn.Module:
+    """Compile the model, unless `num_graphs` is 0, and spread it over the processes; the result shares its weights."""
     network: nn.Module = model
     device = process.device
-    if config.compile:
+    if num_graphs:
         torch._dynamo.config.recompile_limit = num_graphs + 1  # one graph per padded size
         if device.type == "cpu":  # where storing the masks of ReLUs takes longer than computing them again
             torch._functorch.config.aggressive_recomputation = True
@@ -244,9 +256,8 @@ def describe_bad_step(step: int, config: TrainConfig, sampler: TrainSampler, dat
     )
 
 
-def main() -> None:
-    """Train with the settings of the command line; an error of the input or the machine ends the run in one line."""
-    config = command_line(__doc__)
+def main(config: TrainConfig) -> None:
+    """Train with these settings; an error of the input or the machine ends the run in one line."""
     try:
         process = start_process(config.device)
         start_logging(process.is_main)
@@ -263,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(SETTINGS)

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch.utils.data import Subset
 
@@ -28,6 +26,7 @@ from solq.data.loader import make_loader
 from solq.data.transforms import EvalTransform
 from solq.detections import Detections, ModelMeta
 from solq.models.base import InstanceSegmenter
+from solq.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +140,10 @@ def evaluate(
     dataset: CocoDataset,
     evaluator: CocoEvaluator,
     device: torch.device,
+    dtype: torch.dtype,
     *,
     batch_size: int,
     workers: int,
-    autocast_dtype: torch.dtype | None,
-    console: Console,
 ) -> None:
     """Run `model` over a dataset and pass its detections to `evaluator`, gathered over all processes of the group.
 
@@ -153,10 +151,11 @@ def evaluate(
         model: takes images (B, 3, H, W) and padding_mask (B, H, W); its `postprocess` makes detections of the
             outputs. Not wrapped in DistributedDataParallel: processes may have different numbers of batches.
         dataset: a dataset with an :class:`EvalTransform`; each process takes a part of its images.
+        evaluator: gathers and scores the detections.
+        device: the device of the model.
+        dtype: float32, or bfloat16 or float16 for automatic mixed precision.
         batch_size: images of a batch in each process.
         workers: processes that load images, for each process.
-        autocast_dtype: dtype of the model's forward pass under autocast; None computes in the dtype of its weights.
-        console: shows a progress bar of the first process.
 
     Raises:
         ValueError: no image can be read.
@@ -169,13 +168,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for batch in track(loader, "evaluation", console=console, disable=rank != 0):
+        for batch in track(loader, "evaluation", len(loader), enabled=rank == 0):
             if batch is None:  # all of its images were damaged
                 continue
             batch = batch.to(device)
             with (
                 torch.inference_mode(),
-                torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
+                torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
             ):
                 outputs = model(normalize(batch.images, batch.padding_mask), batch.padding_mask, last_layer_only=True)
             detections = model.postprocess(outputs, batch.targets.orig_sizes, run_lengths=True)

@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,7 +139,7 @@ class Predictor:
         next_index = 0
         with ThreadPoolExecutor(self.workers) as pool:
             for prepared in map_ahead(pool, self._prepare, sources, self.workers + 2 * self.batch_size):
-                if isinstance(prepared, _Prepared):
+                if prepared.prediction.error is None:
                     batch = waiting.setdefault(self._padded(prepared.size), [])
                     batch.append(prepared)
                     if len(batch) < self.batch_size and sum(map(len, waiting.values())) < 4 * self.batch_size:
@@ -149,7 +149,7 @@ class Predictor:
                     del waiting[self._padded(batch[0].size)]
                     finished |= self._predict(batch, threshold, top_k)
                 else:
-                    finished[prepared[0]] = prepared[1]
+                    finished[prepared.index] = prepared.prediction
                 while next_index in finished:
                     yield finished.pop(next_index)
                     next_index += 1
@@ -158,7 +158,7 @@ class Predictor:
         for index in sorted(finished):
             yield finished[index]
 
-    def _prepare(self, source: tuple[int, ImageLike]) -> "_Prepared | tuple[int, Prediction]":
+    def _prepare(self, source: tuple[int, ImageLike]) -> "_Prepared":
         """Decode and resize one image; runs in a thread."""
         index, image = source
         name = Path(image) if isinstance(image, str | Path) else index
@@ -166,10 +166,10 @@ class Predictor:
             pixels = read_rgb(image)
         except (OSError, ValueError, TypeError) as error:
             described = error if isinstance(image, str | Path) else type(error)(f"image {index}: {error}")
-            return index, Prediction(name, error=described)
+            return _Prepared(index, Prediction(name, error=described))
         H, W = pixels.shape[-2:]
-        resized_pixels = view_image(pixels, View((0, 0, W, H), resized((H, W), self.size, self.max_size)))
-        return _Prepared(index, name, pixels, resized_pixels)
+        small = view_image(pixels, View((0, 0, W, H), resized((H, W), self.size, self.max_size)))
+        return _Prepared(index, Prediction(name, pixels), small, (small.shape[1], small.shape[2]))
 
     def _padded(self, size: Size) -> Size:
         """Return the size that an image is padded to at most; images are batched if it is the same."""
@@ -179,7 +179,7 @@ class Predictor:
         return smallest_holding(H, W, self._sizes)
 
     def _predict(self, batch: "list[_Prepared]", threshold: float, top_k: int) -> dict[int, Prediction]:
-        """Run the model on one batch; the predictions by the images' positions."""
+        """Run the model on one batch, and return the predictions by the images' positions."""
         if self._sizes is not None and 1 < len(batch) < self.batch_size:  # compiled for one image and for full batches
             parts = [self._predict([prepared], threshold, top_k) for prepared in batch]
             return {index: prediction for part in parts for index, prediction in part.items()}
@@ -189,12 +189,11 @@ class Predictor:
         images, padding_mask = pad_images([prepared.resized for prepared in batch], size)
         with torch.inference_mode():
             outputs = self._forward(images.to(self.device), padding_mask.to(self.device))
-            orig_sizes = torch.tensor([prepared.image.shape[-2:] for prepared in batch])
+            orig_sizes = torch.tensor([prepared.prediction.image.shape[-2:] for prepared in batch])  # type: ignore[union-attr]
             detections = self.model.postprocess(outputs, orig_sizes, top_k, threshold)
-        return {
-            prepared.index: Prediction(prepared.source, prepared.image, replace(found, meta=self.meta))
-            for prepared, found in zip(batch, detections, strict=True)
-        }
+        for prepared, found in zip(batch, detections, strict=True):
+            prepared.prediction.detections = replace(found, meta=self.meta)
+        return {prepared.index: prepared.prediction for prepared in batch}
 
     def _compute(self, images: Tensor, padding_mask: Tensor) -> dict[str, Any]:
         """Compute the last layer's outputs for images (B, 3, H, W) uint8."""
@@ -204,16 +203,12 @@ class Predictor:
 
 @dataclass
 class _Prepared:
-    """A decoded image that waits for its batch."""
+    """An image that waits for its batch, with its pixels (3, h, w) uint8 for the model; or the error of reading it."""
 
     index: int
-    source: Path | int
-    image: Tensor  # (3, H, W) uint8
-    resized: Tensor  # (3, h, w) uint8
-
-    @property
-    def size(self) -> Size:
-        return self.resized.shape[1], self.resized.shape[2]
+    prediction: Prediction
+    resized: Tensor = field(default_factory=lambda: torch.empty(0))
+    size: Size = (0, 0)
 
 
 def map_ahead(

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 # From the bottom. A name stands for a module, or a folder with all modules in it; the longest that fits counts.
 LAYERS = [
-    ["solq", "solq.errors", "solq.files", "solq.devices"],
+    ["solq", "solq.errors", "solq.files", "solq.progress", "solq.devices"],
     ["solq.kernels"],
     ["solq.drop_in"],
     ["solq.data"],

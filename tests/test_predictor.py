@@ -1,4 +1,4 @@
-"""Images of every kind in, detections of the upright original out, whatever happens to their neighbours."""
+"""Images of every kind in, detections of the upright original out, whatever happens to their neighbors."""
 
 import logging
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_every_kind_of_input_gives_the_same(predictor, tmp_path):
 
 
 def test_detections_are_the_models_own(predictor, model):
-    """Against the steps by hand: resized to a shorter side of 64, normalised, decoded in the original size."""
+    """Against the steps by hand: resized to a shorter side of 64, normalized, decoded in the original size."""
     pixels = as_tensor(picture(32, 32))
     resized = nn.functional.interpolate(pixels[None], (64, 64), mode="bilinear", antialias=True)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from solq.commands.flags import command_line
 from solq.data import shapes
 from solq.data.transforms import TrainTransform
 from solq.training.checkpoint import checkpoints, load_checkpoint
@@ -253,7 +254,7 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         capsys.readouterr()
         code: int | str | None = 0
         try:
-            train.main()
+            train.main(command_line(train.__doc__))
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()
@@ -340,9 +341,20 @@ def test_one_step_on_photographs(coco_tiny: Path, tmp_path: Path, main: Main) ->
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 with loss scaling is for GPUs without bfloat16")
-def test_float16(data: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "mixed_precision", lambda _: torch.float16)
-    main(*SMALL, "--device", "cuda", "--amp", "--steps", "4", "--data", data, "--output", tmp_path / "run")
+def test_float16(data: Path, tmp_path: Path, main: Main) -> None:
+    main(
+        *SMALL,
+        "--device",
+        "cuda",
+        "--precision",
+        "float16",
+        "--steps",
+        "4",
+        "--data",
+        data,
+        "--output",
+        tmp_path / "run",
+    )
     state = load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[0])
     assert state["scaler"]["scale"] > 0
 
@@ -350,7 +362,7 @@ def test_float16(data: Path, tmp_path: Path, main: Main, monkeypatch: pytest.Mon
 def test_mixed_precision(data: Path, tmp_path: Path, main: Main) -> None:
     flags = [*SMALL, "--steps", "3", "--data", data, "--output"]
     main(*flags, tmp_path / "exact")
-    main(*flags, tmp_path / "rounded", "--amp")
+    main(*flags, tmp_path / "rounded", "--precision", "bfloat16")
     for exact, rounded in zip(log(tmp_path / "exact"), log(tmp_path / "rounded"), strict=True):
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.05)
         assert rounded["loss"] != exact["loss"]

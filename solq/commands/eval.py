@@ -8,8 +8,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,12 +15,13 @@ from solq.commands.settings import EvalConfig
 from solq.data.annotations import read_coco, split_paths
 from solq.data.coco import CocoDataset
 from solq.data.transforms import EvalTransform
-from solq.devices import choose_device
+from solq.devices import choose_device, choose_precision
 from solq.errors import check_at_least
 from solq.evaluation import CocoEvaluator, class_table, evaluate, numbers_right, table
 from solq.files import write_json
 from solq.models.base import InstanceSegmenter
 from solq.predictor import Predictor
+from solq.progress import console, say, track
 from solq.weights import load
 
 INPUT_SIZE = (512, 852)  # height and width of the image in the paper's Table 5
@@ -30,7 +29,6 @@ INPUT_SIZE = (512, 852)  # height and width of the image in the paper's Table 5
 
 def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     """Print the tables, write metrics.json and results.json, return the metrics; none without annotations."""
-    console = Console()
     device = choose_device(config.device)
     check_at_least(1, size=config.size, max_size=config.max_size, batch_size=config.batch_size)
     check_at_least(0, workers=config.workers)
@@ -40,24 +38,17 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     folder = config.images or folder
     image_list = annotations.with_name(f"image_info_{config.split}.json")
     if image_list.is_file() and not annotations.is_file():
-        predict_listed(config, model, folder, image_list, console)
+        predict_listed(config, model, folder, image_list)
         return {}
     transform = EvalTransform(config.size or model.meta.eval_scale, config.max_size or model.meta.max_size)
     dataset = CocoDataset(folder, annotations, transform, train=False)
     evaluator = CocoEvaluator(dataset.coco_json, categories_of_labels(model, dataset), boundary=config.boundary)
-    dtype = getattr(torch, config.dtype)
-    costs = measure(model, device, dtype)
+    precision = choose_precision(device, config.precision)
+    say(f"device {device}, precision {precision}")
+    costs = measure(model, device, precision.dtype)
     console.print(cost_table(costs, device))
-    evaluate(
-        model,
-        dataset,
-        evaluator,
-        device,
-        batch_size=config.batch_size or (8 if device.type == "cuda" else 1),
-        workers=config.workers,
-        autocast_dtype=None if config.dtype == "float32" else dtype,
-        console=console,
-    )
+    batch_size = config.batch_size or (8 if device.type == "cuda" else 1)
+    evaluate(model, dataset, evaluator, device, precision.dtype, batch_size=batch_size, workers=config.workers)
     write_json(config.output / "results.json", evaluator.results())
     metrics = evaluator.summarize(per_class=config.per_class)
     console.print(table(metrics))
@@ -69,9 +60,7 @@ def evaluate_checkpoint(config: EvalConfig) -> dict[str, float]:
     return metrics
 
 
-def predict_listed(
-    config: EvalConfig, model: InstanceSegmenter, folder: Path, image_list: Path, console: Console
-) -> None:
+def predict_listed(config: EvalConfig, model: InstanceSegmenter, folder: Path, image_list: Path) -> None:
     """Write results.json for the images in a list without annotations, as COCO's test server takes it.
 
     Raises:
@@ -81,14 +70,14 @@ def predict_listed(
     predictor = Predictor(
         model,
         device=config.device,
-        dtype=getattr(torch, config.dtype),
+        dtype=choose_precision(choose_device(config.device), config.precision).dtype,
         size=config.size,
         max_size=config.max_size,
         batch_size=config.batch_size,
     )
     results = []
     stream = predictor.stream(images, threshold=0)
-    for prediction in track(stream, "prediction", len(images), console=console):
+    for prediction in track(stream, "prediction", len(images)):
         if prediction.error is not None:
             raise prediction.error
         assert prediction.detections is not None

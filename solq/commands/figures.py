@@ -101,11 +101,11 @@ def attention_figure(
 def _draw_attention(image: Image.Image, locations: Tensor, weights: Tensor, detection: Detections) -> Image.Image:
     """Draw the image, darker outside the object, with its box and the sampling points; weights are in 0..1."""
     size = _panel_size(image, SUPERSAMPLING)
-    grey = Image.blend(image.convert("L").convert("RGB"), image, 0.35).resize(size, Image.Resampling.BICUBIC)
-    canvas = grey.point(lambda value: value * 0.45)
+    gray = Image.blend(image.convert("L").convert("RGB"), image, 0.35).resize(size, Image.Resampling.BICUBIC)
+    canvas = gray.point(lambda value: value * 0.45)
     if detection.masks is not None:
         mask = Image.fromarray(detection.masks[0].byte().numpy() * 255).resize(size, Image.Resampling.BILINEAR)
-        canvas.paste(grey.point(lambda value: min(255, value * 0.8 + 25)), mask=mask)
+        canvas.paste(gray.point(lambda value: min(255, value * 0.8 + 25)), mask=mask)
     draw = ImageDraw.Draw(canvas)
     x_scale, y_scale = size[0] / image.width, size[1] / image.height
     x0, y0, x1, y1 = detection.boxes[0].tolist()

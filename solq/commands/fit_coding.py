@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from solq.data.coco import CocoDataset
 from solq.data.transforms import EvalTransform
 from solq.devices import choose_device
 from solq.models.solq.mask_coding import PCACoding, SparseCoding, save
+from solq.progress import console
 
 
 def fit_coding(config: FitCodingConfig) -> Path:
@@ -24,12 +24,10 @@ def fit_coding(config: FitCodingConfig) -> Path:
         coding = SparseCoding(config.num_coefficients, config.size, config.beta)
     paths = split_paths(config.data, config.train_split)
     dataset = CocoDataset(*paths, EvalTransform(), mask_size=config.size, train=True)
-    console = Console()
-    masks = read_masks(dataset, config.max_masks, config.seed, console)
+    masks = read_masks(dataset, config.max_masks, config.seed)
     with console.status(f"fitting {config.coding} coding to {len(masks)} masks"):
         coding.to(device).fit(masks, config.seed)
     output = config.output or Path(f"{config.coding}-{config.num_coefficients}-{config.size}.safetensors")
-    output.parent.mkdir(parents=True, exist_ok=True)
     save(coding, output)
     console.print(
         f"{output}: {config.coding} coding of {coding.num_coefficients} coefficients fitted to {len(masks)} masks, "
@@ -39,7 +37,7 @@ def fit_coding(config: FitCodingConfig) -> Path:
     return output
 
 
-def read_masks(dataset: CocoDataset, max_masks: int, seed: int, console: Console) -> Tensor:
+def read_masks(dataset: CocoDataset, max_masks: int, seed: int) -> Tensor:
     """Read at most `max_masks` masks (K, N, N) uint8 from images in random order."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     read: list[Tensor] = []

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from solq.commands.settings import PredictConfig
 from solq.data.image import folder_images, is_folder, rgb_pixels
 from solq.data.video import is_video, read_video, write_video
+from solq.devices import choose_device, choose_precision
 from solq.evaluation import numbers_right
 from solq.files import write_json
 from solq.predictor import Prediction, Predictor, map_ahead
+from solq.progress import console, say
 
 
 @dataclass
@@ -45,7 +45,6 @@ class _Found:
 
 def predict(config: PredictConfig) -> None:
     """Predict on all files; those that cannot be used are reported in a line each, and the status is then 1."""
-    console = Console()
     if not config.images:
         raise ValueError("no images are given: name files or folders")
     found = _Found()
@@ -62,10 +61,13 @@ def predict(config: PredictConfig) -> None:
             images.append(path)
     if config.output.resolve() in {path.resolve().parent for path in (*images, *videos)}:
         raise ValueError(f"{config.output} holds images that are to be predicted on: give --output another folder")
+    device = choose_device(config.device)
+    precision = choose_precision(device, config.precision)
+    say(f"device {device}, precision {precision}")
     predictor = Predictor(
         config.checkpoint,
-        device=config.device,
-        dtype=getattr(torch, config.dtype),
+        device=device,
+        dtype=precision.dtype,
         compile=config.compile,
         class_names=None if config.class_names is None else read_lines(config.class_names),
         size=config.size,

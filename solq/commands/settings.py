@@ -8,8 +8,9 @@ from tyro.conf import Positional, arg
 
 Checkpoint = Annotated[Path, Positional, arg(help="A file of solq.save, of train.py, or an official SOLQ checkpoint.")]
 Format = Literal["torch-export", "aoti", "onnx"]
-DType = Annotated[
-    Literal["float32", "bfloat16", "float16"], arg(help="Lower than float32 is automatic mixed precision.")
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    arg(aliases=["--dtype"], help="Of products and convolutions; auto is the fastest that the device computes well."),
 ]
 
 
@@ -33,7 +34,7 @@ class PredictConfig:
     max_size: int | None = None
     """Bound of the longer side; as in training unless given."""
     device: str = "auto"
-    dtype: DType = "float32"
+    precision: Precision = "auto"
     compile: bool = False
     """Compile the model first, which pays for many images."""
     batch_size: int | None = None
@@ -67,7 +68,7 @@ class EvalConfig:
     batch_size: int | None = None
     """8 on a GPU, 1 on a CPU unless given."""
     device: str = "auto"
-    dtype: DType = "float32"
+    precision: Precision = "auto"
     workers: int = 2
     """Processes that load images."""
 

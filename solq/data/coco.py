@@ -100,6 +100,11 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def num_instances(self) -> int:
+        """Number of usable instances in all images."""
+        return len(self._labels)
+
     def __getitem__(self, key: int | Key) -> tuple[Tensor, dict[str, Any]] | None:
         index, batch_seed = key if isinstance(key, tuple) else (key, 0)
         height, width = self.image_sizes[index].tolist()

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 
 from solq.data.annotations import split_paths
 from solq.files import UNFINISHED
+from solq.progress import track
 
 CLASS_NAMES = ("disc", "triangle", "cross", "ring", "stick", "dots")
 SETTINGS_FILE = "shapes.json"
@@ -97,7 +98,7 @@ def _write_split(root: Path, split: str, seed: int, image_ids: range, size: int)
     annotation_file.parent.mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image_id in image_ids:
+    for image_id in track(image_ids, f"drawing {split}", len(image_ids)):
         # The random numbers of an image follow from seed and id alone, so no two images share them.
         pixels, instances = draw_image(np.random.default_rng((seed, image_id)), size)
         name = f"{image_id:012d}.jpg"

@@ -80,10 +80,12 @@ class TrainConfig(Generic[Model]):
     """Keep an exponential moving average of the weights and evaluate that; 0 is off."""
 
     amp: bool = False
-    """Automatic mixed precision: bfloat16 where the device has it, else float16 with loss scaling."""
+    """Automatic mixed precision: compute in what the device is fastest in, which may be float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute in this precision, whatever the device is fastest in; float16 with loss scaling."""
     compile: bool = False
     """torch.compile the model."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     seed: int = 0
     log_every: int = 10
     """Steps between two lines of the log."""

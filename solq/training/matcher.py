@@ -19,7 +19,7 @@ class HungarianMatcher(nn.Module):
     Args:
         cost_class: weight of the class cost.
         cost_bbox: weight of the L1 distance of the boxes.
-        cost_giou: weight of the negative generalised IoU of the boxes.
+        cost_giou: weight of the negative generalized IoU of the boxes.
         box_l1: whether boxes are compared by ``"center"`` and sides (DETR) or by their ``"corners"`` (Sparse R-CNN).
         class_cost_form: ``"focal"`` (Deformable DETR) or ``"softmax"`` (DETR's original).
         alpha, gamma: parameters of the focal class cost.

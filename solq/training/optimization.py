@@ -1,8 +1,7 @@
-"""Learning rates, precision and averaged weights of a training run."""
+"""Learning rates and averaged weights of a training run."""
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -30,13 +29,6 @@ def lr_factor(step: int, config: TrainConfig, steps: int) -> float:
     """Return the factor of all learning rates: a linear warm-up, then 1, then a tenth of it after each drop."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return warmup * 0.1 ** sum(step >= share * steps for share in config.lr_drop)
-
-
-def mixed_precision(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device computes in it, else float16."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
 
 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel | None:

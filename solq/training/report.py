@@ -8,13 +8,40 @@ import torch
 import torch.distributed as dist
 
 from solq.data.coco import CocoDataset
+from solq.devices import Precision
 from solq.evaluation import CocoEvaluator, evaluate, table
 from solq.files import write_json
 from solq.models.base import InstanceSegmenter
+from solq.progress import console, say
 from solq.training.config import TrainConfig
-from solq.training.run_log import console, say
+from solq.training.loaders import TrainingData
 from solq.visualize import comparison_page
 from solq.weights import save
+
+
+def say_start(
+    config: TrainConfig,
+    model: InstanceSegmenter,
+    data: TrainingData,
+    device: torch.device,
+    precision: Precision,
+    num_graphs: int,
+    steps: range,
+) -> None:
+    """Say what a run is about to do: model, data, device and length."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    kind = f"{type(model).__name__} on {config.model.backbone}"
+    say(f"model   {config.preset}: {kind}, {parameters / 1e6:.1f} million parameters")
+    train_set, val_set = data.train_set, data.val_set
+    classes = sum(map(bool, train_set.class_names))
+    say(
+        f"data    {len(train_set):,} images with {train_set.num_instances:,} objects of {classes} classes, "
+        f"{len(val_set):,} images to evaluate on, in {train_set.images.parent}"
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    graphs = f"graphs to compile: {num_graphs}, about a minute each" if num_graphs else "not compiled"
+    say(f"device  {device} ({name}), precision {precision}, {graphs}")
+    say(f"steps   {steps.start + 1:,} to {steps.stop:,}, of {config.batch_size} images")
 
 
 def write_report(
@@ -23,7 +50,7 @@ def write_report(
     config: TrainConfig,
     output: Path,
     device: torch.device,
-    amp_dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> None:
     """Score the model on the validation set; write metrics.json, results.json, predictions.png, model.safetensors.
 
@@ -34,16 +61,8 @@ def write_report(
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     evaluator = CocoEvaluator(val_set.coco_json, val_set.category_ids, boundary=config.boundary_ap)
-    evaluate(
-        model,
-        val_set,
-        evaluator,
-        device,
-        batch_size=max(1, config.batch_size // config.accumulate // world_size),
-        workers=config.workers,
-        autocast_dtype=amp_dtype,
-        console=console,
-    )
+    batch_size = max(1, config.batch_size // config.accumulate // world_size)
+    evaluate(model, val_set, evaluator, device, dtype, batch_size=batch_size, workers=config.workers)
     if rank != 0:
         return
     metrics = evaluator.summarize()

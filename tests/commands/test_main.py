@@ -133,7 +133,7 @@ def test_predict_refuses_what_cannot_work(monkeypatch, checkpoint, tmp_path):
         ((checkpoint, image, "--class-names", names), "class_names has 2 entries"),
         ((checkpoint, image, "--class-names", image), "image.png is no text in UTF-8"),
         ((checkpoint, image, "--class-names", tmp_path / "none.txt"), "none.txt: no such file"),
-        ((checkpoint, image, "--dtype", "int8"), "invalid choice 'int8' for argument '--dtype'"),
+        ((checkpoint, image, "--dtype", "int8"), "invalid choice 'int8' for argument '--precision'"),
         ((checkpoint, image, "--bogus", 3), "Unrecognized options: --bogus"),
         ((checkpoint, image, "--output", tmp_path), "give --output another folder"),
         ((not_one, image), "weights.pth is refused: it is damaged, or a pickle"),

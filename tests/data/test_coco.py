@@ -157,8 +157,8 @@ def test_an_instance_of_which_a_crop_shows_only_the_box_is_no_target(folder: Fol
     ],
 )
 def test_images_of_any_kind_become_rgb(folder: Folder, mode: str, suffix: str):
-    grey = np.full((H, W), 100, np.uint8)
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert("RGB")
+    gray = np.full((H, W), 100, np.uint8)
+    image = Image.fromarray(gray.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(gray).convert("RGB")
     name = f"c.{suffix}"
     (image if mode == "I;16" else image.convert(mode, palette=Image.Palette.ADAPTIVE)).save(folder.images / name)
     folder.content["images"][0]["file_name"] = name

@@ -18,11 +18,11 @@ def test_modes_of_pillow(tmp_path, mode, from_file):
     image = Image.fromarray(pixels)
     expected = as_tensor(pixels)
     if mode in ("L", "LA", "1", "I;16", "I", "F"):
-        grey = pixels.max(-1)  # white on black
-        expected = as_tensor(np.stack([grey] * 3, axis=-1))
-        image = Image.fromarray(grey)
+        gray = pixels.max(-1)  # white on black
+        expected = as_tensor(np.stack([gray] * 3, axis=-1))
+        image = Image.fromarray(gray)
         if mode.startswith("I"):
-            image = Image.fromarray(grey.astype(np.uint16) * 257)
+            image = Image.fromarray(gray.astype(np.uint16) * 257)
     image = image.convert(mode)
     assert image.mode == mode
     if from_file:
@@ -90,10 +90,10 @@ def test_arrays_that_cannot_be_written_to(recwarn):
     assert not recwarn.list
 
 
-def test_grey_arrays():
-    grey = picture()[..., 0]
-    expected = torch.from_numpy(grey).expand(3, -1, -1)
-    for image in (grey, grey[..., None], torch.from_numpy(grey)[None]):
+def test_gray_arrays():
+    gray = picture()[..., 0]
+    expected = torch.from_numpy(gray).expand(3, -1, -1)
+    for image in (gray, gray[..., None], torch.from_numpy(gray)[None]):
         assert torch.equal(read_rgb(image), expected)
 
 

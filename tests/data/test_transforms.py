@@ -47,9 +47,9 @@ def star(rng: np.random.Generator, num_points: int, extent: float) -> np.ndarray
 # ---- polygons -------------------------------------------------------------------------------------------------------
 
 
-def test_cells_are_set_where_their_centres_lie_inside():
+def test_cells_are_set_where_their_centers_lie_inside():
     triangle = np.array([(0.0, 0.0), (4.0, 0.0), (0.0, 4.0)])
-    expected = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]  # a centre on the long side counts as outside
+    expected = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]  # a center on the long side counts as outside
     assert rasterize([triangle], [0, 0, 4, 4], size=4).astype(int).tolist() == expected
     mirrored = rasterize([triangle - 0.01], [0, 0, 4, 4], flip=True, size=4)
     assert mirrored.tolist() == rasterize([triangle - 0.01], [0, 0, 4, 4], size=4)[:, ::-1].tolist()
@@ -69,7 +69,7 @@ def test_polygons_of_an_instance_are_united_and_a_polygon_that_crosses_itself_is
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), num_points=st.integers(3, 40))
 def test_polygons_agree_with_pycocotools(seed: int, num_points: int):
-    """In a frame as large as the image, where both sample pixel centres; it rounds vertices to a fifth of a pixel."""
+    """In a frame as large as the image, where both sample pixel centers; it rounds vertices to a fifth of a pixel."""
     polygon = star(np.random.default_rng(seed), num_points, N)
     expected = coco_mask.decode(coco_mask.frPyObjects([polygon.ravel().tolist()], N, N))[..., 0].astype(bool)
     mask = rasterize([polygon], [0, 0, N, N])

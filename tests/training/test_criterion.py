@@ -29,11 +29,11 @@ def make_targets(*counts: int, seed: int = 0) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
 
     def image(index: int, n: int) -> dict[str, Any]:
-        centres = 0.3 + 0.4 * torch.rand(n, 2, generator=generator)
+        centers = 0.3 + 0.4 * torch.rand(n, 2, generator=generator)
         sides = 0.1 + 0.4 * torch.rand(n, 2, generator=generator)
         return {
             "labels": torch.randint(CLASSES, (n,), generator=generator),
-            "boxes": torch.cat([centres, sides], dim=1),
+            "boxes": torch.cat([centers, sides], dim=1),
             "masks": (torch.rand(n, SIDE, SIDE, generator=generator) > 0.4).to(torch.uint8),
             "image_id": index,
             "orig_size": torch.tensor([64, 96]),

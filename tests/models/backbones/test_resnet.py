@@ -119,10 +119,10 @@ def test_levels_of_swin_at_any_size(swin: nn.Module, size: tuple[int, int]) -> N
     for x, channels, stride in zip(maps, swin.num_channels, (8, 16, 32), strict=True):
         assert x.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
         assert x.isfinite().all()
-        normalised = x.flatten(2).transpose(1, 2)  # the norms are fresh: mean 0 and variance 1 of each pixel
-        torch.testing.assert_close(normalised.mean(-1), torch.zeros_like(normalised.mean(-1)), atol=1e-4, rtol=0)
+        normalized = x.flatten(2).transpose(1, 2)  # the norms are fresh: mean 0 and variance 1 of each pixel
+        torch.testing.assert_close(normalized.mean(-1), torch.zeros_like(normalized.mean(-1)), atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            normalised.var(-1, unbiased=False), torch.ones_like(normalised.mean(-1)), atol=2e-2, rtol=0
+            normalized.var(-1, unbiased=False), torch.ones_like(normalized.mean(-1)), atol=2e-2, rtol=0
         )
 
 
@@ -134,7 +134,7 @@ def test_swin_computes_what_timm_does(swin: nn.Module) -> None:
     state = {key.replace("layers.", "layers_", 1): value for key, value in reference.state_dict().items()}
     backbone.body.load_state_dict({key: state[key] for key in backbone.body.state_dict()})
     images = torch.randn(1, 3, 224, 224)
-    last = reference.forward_features(images)  # normalised by the classifier's own norm, fresh as well
+    last = reference.forward_features(images)  # normalized by the classifier's own norm, fresh as well
     torch.testing.assert_close(backbone(images)[-1], last.permute(0, 3, 1, 2), atol=1e-4, rtol=1e-4)
 
 

@@ -28,7 +28,7 @@ def build(two_stage: bool = False, dropout: float = 0.0, checkpointing: bool = F
     )
 
 
-def randomise(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Away from the initial values, many of which are zero."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -95,7 +95,7 @@ def test_mlp() -> None:
 def test_encoder_layer_step_by_step() -> None:
     torch.manual_seed(0)
     layer = EncoderLayer(WIDTH, 32, 0.1, LEVELS, HEADS, POINTS).eval()
-    randomise(layer)
+    randomize(layer)
     S = sum(h * w for h, w in SHAPES)
     src, pos, references = torch.randn(2, S, WIDTH), torch.randn(2, S, WIDTH), torch.rand(2, S, LEVELS, 2)
     padding = torch.zeros(2, S, dtype=torch.bool)
@@ -113,7 +113,7 @@ def test_decoder_layer_step_by_step() -> None:
     """Self-attention with the position in queries and keys only, then attention to the memory, then the network."""
     torch.manual_seed(0)
     layer = DecoderLayer(WIDTH, 32, 0.1, LEVELS, HEADS, POINTS).eval()
-    randomise(layer)
+    randomize(layer)
     S = sum(h * w for h, w in SHAPES)
     tgt, query_pos, memory = torch.randn(2, QUERIES, WIDTH), torch.randn(2, QUERIES, WIDTH), torch.randn(2, S, WIDTH)
     references, padding = torch.rand(2, QUERIES, LEVELS, 4), torch.zeros(2, S, dtype=torch.bool)
@@ -143,7 +143,7 @@ def test_decoder_layer_step_by_step() -> None:
 
 @torch.no_grad()
 def test_encoder_reference_points() -> None:
-    """A pixel's own centre within its image, mapped onto every level by that level's valid share."""
+    """A pixel's own center within its image, mapped onto every level by that level's valid share."""
     transformer = build().eval()
     seen = arguments_of(transformer.encoder.layers)
     valid = [(3, 4), (2, 2)]
@@ -229,7 +229,7 @@ def test_no_gradient_from_a_box_to_the_layers_before() -> None:
 def test_padding_changes_nothing(two_stage: bool) -> None:
     """Neither how much there is, nor what is in it, nor the other image of the batch."""
     transformer = build(two_stage).eval()
-    randomise(transformer)
+    randomize(transformer)
     both = heads() if two_stage else tuple(part[:3] for part in heads())
     query_embed = None if two_stage else torch.randn(QUERIES, 2 * WIDTH, generator=torch.Generator().manual_seed(3))
     valid = [(4, 4), (2, 2)]
@@ -253,7 +253,7 @@ def test_padding_changes_nothing(two_stage: bool) -> None:
 
 @torch.no_grad()
 def test_proposals_of_two_stages() -> None:
-    """One box per pixel, at its centre and of its level's size; the best by the first class become queries."""
+    """One box per pixel, at its center and of its level's size; the best by the first class become queries."""
     transformer = build(two_stage=True).eval()
     class_embed, bbox_embed = heads()
     valid = [(3, 4), (2, 2)]
@@ -332,9 +332,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(two_stage: bool) -> N
     gradients = []
     for checkpointing in (False, True):
         transformer = build(two_stage, dropout=0.2, checkpointing=checkpointing)
-        randomise_seed = torch.Generator().manual_seed(5)
+        randomize_seed = torch.Generator().manual_seed(5)
         for parameter in transformer.parameters():
-            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=randomise_seed))
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=randomize_seed))
         recomputed = arguments_of(transformer.encoder.layers)
         features, masks = inputs(SHAPES, [(3, 4), (2, 2)])
         torch.manual_seed(9)  # of dropout
