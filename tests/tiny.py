@@ -13,6 +13,7 @@ from torch import Tensor
 from solq.data.annotations import split_paths
 from solq.detections import ModelMeta
 from solq.models.queryinst.config import QueryInstConfig
+from solq.models.queryinst.model import QueryInst
 from solq.models.solq.config import SOLQConfig
 from solq.models.solq.model import SOLQ
 
@@ -81,6 +82,19 @@ def picture(height: int = 40, width: int = 60) -> np.ndarray:
 def as_tensor(pixels: np.ndarray) -> Tensor:
     """Convert pixels (H, W, C) to a tensor (C, H, W)."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def queryinst_model(meta: ModelMeta | None = None, **changes: Any) -> QueryInst:
+    """Build an untrained QueryInst in eval mode whose queries, boxes and masks differ from each other."""
+    torch.manual_seed(0)
+    model = QueryInst(queryinst_config(**changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("backbone."):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.proposal_boxes.weight.uniform_(0.2, 0.6)
+    model.meta = meta or ModelMeta(CLASS_NAMES, [], 64, 64)
+    return model
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 60), seed: int = 0) -> Path:
