@@ -106,6 +106,9 @@ def kernel_cases(device: torch.device) -> dict[str, Case]:
     coefficients = reference.dct_encode(rand(2, 16, 16) > 0.5, 64)
     query_boxes = torch.cat([rand(2, 2, 6, 2), 0.1 + 0.4 * rand(2, 2, 6, 2)], dim=-1)
     labels = torch.tensor([0, 2, 1, 1, 0], device=device)
+    pyramid = [rand(1, 16, 40 >> level, 40 >> level) for level in range(4)]
+    box_image = torch.zeros(2, dtype=torch.int64, device=device)
+    norms = (rand(16), rand(16), rand(32), rand(32))
     return {
         "ms_deform_attn": Case((value, shapes, starts, points, weights), 1e-4, gradients=True),
         "ms_deform_attn_fused": Case(fused, 1e-4, gradients=True),
@@ -115,6 +118,8 @@ def kernel_cases(device: torch.device) -> dict[str, Case]:
         "dct_decode_paste": Case((coefficients, boxes, (24, 32), 16), 0.01),
         "matching_cost": Case((rand(2, 2, 6, 3), query_boxes, labels, query_boxes[0, 0, :5], offsets), 1e-3),
         "linear_assignment": Case((rand(2, 5, 6), offsets), 0.0),
+        "multiscale_roi_align": Case((pyramid, boxes, box_image, 7), 1e-4),
+        "dynamic_conv": Case((rand(2, 49, 32), rand(2, 2 * 32 * 16), *norms), 1e-3, gradients=True),
     }
 
 

@@ -84,8 +84,8 @@ def test_predict_writes_pictures_and_results(monkeypatch, capsys, checkpoint, tm
     tiny.write_image(folder / "7.png", (40, 60), 1)
     tiny.write_image(folder / "12.jpg", (50, 30), 2)
     alone = tiny.write_image(tmp_path / "3.png", (64, 64), 3)
-    output = tmp_path / "new" / "output"
-    assert run(monkeypatch, "predict", checkpoint, folder, alone, "--output", output, "--threshold", 0) == 0
+    output, flags = tmp_path / "new" / "output", ["--threshold", 0, "--precision", "float32"]
+    assert run(monkeypatch, "predict", checkpoint, folder, alone, *flags, "--output", output) == 0
     printed = capsys.readouterr().out
     assert "in 3 images" in printed
     assert "images per second" in printed
@@ -133,7 +133,7 @@ def test_predict_refuses_what_cannot_work(monkeypatch, checkpoint, tmp_path):
         ((checkpoint, image, "--class-names", names), "class_names has 2 entries"),
         ((checkpoint, image, "--class-names", image), "image.png is no text in UTF-8"),
         ((checkpoint, image, "--class-names", tmp_path / "none.txt"), "none.txt: no such file"),
-        ((checkpoint, image, "--dtype", "int8"), "invalid choice 'int8' for argument '--precision'"),
+        ((checkpoint, image, "--dtype", "int8"), "invalid choice 'int8' for argument '--dtype/--precision'"),
         ((checkpoint, image, "--bogus", 3), "Unrecognized options: --bogus"),
         ((checkpoint, image, "--output", tmp_path), "give --output another folder"),
         ((not_one, image), "weights.pth is refused: it is damaged, or a pickle"),
