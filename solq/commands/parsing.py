@@ -21,9 +21,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _one_line(message: str) -> str:
-    """Shorten a message of argparse to its last line, a box drawn by tyro to the text between title and first rule."""
+    """Shorten a message of argparse to its last line, and a box drawn by tyro to its first part and its first hint."""
     lines = [line.strip(" │") for line in message.splitlines()]
     if lines[0].startswith("usage:"):
         return lines[-1].partition("error: ")[2]
     parts = re.split(r"^[─-]{3,}$", "\n".join(lines[1:]), flags=re.MULTILINE)
-    return " ".join(next(part for part in parts if part.strip()).split())
+    fault = " ".join(next(part for part in parts if part.strip()).split())
+    meant = re.search(r"Perhaps you meant:\s*(--\S+)", "\n".join(lines))
+    return f"{fault}; perhaps you meant {meant[1]}" if meant else fault

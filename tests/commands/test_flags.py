@@ -20,7 +20,11 @@ print("torch is imported" if "torch" in sys.modules else "torch is not imported"
 @pytest.mark.parametrize(
     ("flag", "answer"),
     [
-        ("--presett=r50", "error: Unrecognized options: --presett=r50 (--help lists all settings)"),
+        ("--zzz", "error: Unrecognized options: --zzz (--help lists all settings)"),
+        (
+            "--batchsize=3",
+            "error: Unrecognized options: --batchsize=3; perhaps you meant --batch-size (--help lists all settings)",
+        ),
         ("--help", "0"),
     ],
 )
