@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from solq.commands.settings import FiguresConfig
 from solq.data.image import ImageLike, expand_folders, pil_image, read_rgb
@@ -23,6 +24,8 @@ COLORS = ((48, 60, 190), (40, 170, 235), (120, 230, 110), (255, 215, 40), (245, 
 
 def figures(config: FiguresConfig) -> None:
     """Write NAME-attention.png for each image, and NAME-compared.png if there is a model to compare with.
+
+    A model whose stages each predict a mask is drawn stage by stage instead, in NAME-stages.png.
 
     Images that cannot be used are reported in a line each, and the status is then 1.
     """
@@ -40,7 +43,11 @@ def figures(config: FiguresConfig) -> None:
     for image in expand_folders(config.images):
         assert isinstance(image, Path)
         try:
-            pages = {"attention": attention_figure(predictor, image, config.objects, config.layer, config.threshold)}
+            if predictor.model.masks.masks_in_every_layer:
+                pages = {"stages": stages_figure(predictor, image, config.objects, config.threshold)}
+            else:
+                page = attention_figure(predictor, image, config.objects, config.layer, config.threshold)
+                pages = {"attention": page}
             if other is not None:
                 pages["compared"] = comparison_figure([predictor, other], image, config.threshold)
         except (OSError, ValueError) as error:
@@ -106,11 +113,8 @@ def _draw_attention(image: Image.Image, locations: Tensor, weights: Tensor, dete
     if detection.masks is not None:
         mask = Image.fromarray(detection.masks[0].byte().numpy() * 255).resize(size, Image.Resampling.BILINEAR)
         canvas.paste(gray.point(lambda value: min(255, value * 0.8 + 25)), mask=mask)
+    _draw_box(canvas, image, detection.boxes[0], (255, 255, 255))
     draw = ImageDraw.Draw(canvas)
-    x_scale, y_scale = size[0] / image.width, size[1] / image.height
-    x0, y0, x1, y1 = detection.boxes[0].tolist()
-    box = (x0 * x_scale, y0 * y_scale, max(x0, x1) * x_scale, max(y0, y1) * y_scale)
-    draw.rectangle(box, outline="white", width=2 * SUPERSAMPLING)
     order = weights.flatten().argsort()  # the heaviest on top
     points, shares = locations.flatten(0, 2)[order].cpu(), weights.flatten()[order].cpu()
     for (x, y), share in zip((points * torch.tensor(size)).tolist(), shares.tolist(), strict=True):
@@ -139,6 +143,64 @@ def _color(share: float) -> tuple[int, int, int]:
     part = share * len(steps) - step
     red, green, blue = (round(low + part * (high - low)) for low, high in zip(*steps[step], strict=True))
     return red, green, blue
+
+
+# ---- stages
+
+
+def stages_figure(predictor: Predictor, image: ImageLike, objects: int = 3, threshold: float = 0.4) -> Image.Image:
+    """Draw a row for each of the best objects: its box moving through the stages, and its mask after each of them.
+
+    Raises:
+        ValueError: the model finds no object in the image.
+        OSError: the image cannot be read.
+    """
+    pixels = read_rgb(image)
+    with predictor.model.record_outputs() as recorded:
+        detections = predictor(pixels, threshold=threshold)
+    assert isinstance(detections, Detections)
+    if not len(detections):
+        raise ValueError(f"{image}: nothing has a score of {threshold} or more: lower --threshold to see more")
+    detections = detections[:objects]
+    queries, (height, width) = detections.queries, pixels.shape[-2:]
+    assert queries is not None
+    centers = recorded[0]["pred_boxes"][:, 0, queries].float()  # (L, K, 4)
+    boxes = box_convert(centers.flatten(0, 1), "cxcywh", "xyxy").view_as(centers)
+    boxes = boxes * boxes.new_tensor([width, height, width, height])
+    with torch.inference_mode():
+        masks = predictor.model.masks.masks_by_layer(recorded[0], 0, queries, detections.labels, boxes, (height, width))
+    picture, boxes, masks = pil_image(pixels), boxes.cpu(), masks.cpu()
+    rows = [
+        [_draw_path(picture, path), *(_draw_mask(picture, *stage) for stage in zip(of_object, path, strict=True))]
+        for path, of_object in zip(boxes.unbind(1), masks.unbind(1), strict=True)
+    ]
+    return compose_page(rows, ["boxes, first to last", *(f"stage {stage}" for stage in range(1, len(boxes) + 1))])
+
+
+def _draw_path(image: Image.Image, boxes: Tensor) -> Image.Image:
+    """Draw the boxes (L, 4) of an object after each stage, colored from the first to the last."""
+    canvas = image.resize(_panel_size(image, SUPERSAMPLING), Image.Resampling.BICUBIC)
+    for stage, box in enumerate(boxes):
+        _draw_box(canvas, image, box, _color(stage / max(1, len(boxes) - 1)))
+    return canvas.resize(_panel_size(image), Image.Resampling.LANCZOS)
+
+
+def _draw_mask(image: Image.Image, mask: Tensor, box: Tensor) -> Image.Image:
+    """Draw the image, darker outside a mask (H, W), with its box (4,)."""
+    size = _panel_size(image, SUPERSAMPLING)
+    bright = image.resize(size, Image.Resampling.BICUBIC)
+    canvas = bright.point(lambda value: value * 0.35)
+    canvas.paste(bright, mask=Image.fromarray(mask.byte().numpy() * 255).resize(size, Image.Resampling.BILINEAR))
+    _draw_box(canvas, image, box, (255, 255, 255))
+    return canvas.resize(_panel_size(image), Image.Resampling.LANCZOS)
+
+
+def _draw_box(canvas: Image.Image, image: Image.Image, box: Tensor, color: tuple[int, int, int]) -> None:
+    """Draw a box (4,) in pixels of an image on an enlarged canvas of it."""
+    x_scale, y_scale = canvas.width / image.width, canvas.height / image.height
+    x0, y0, x1, y1 = box.tolist()
+    corners = (x0 * x_scale, y0 * y_scale, max(x0, x1) * x_scale, max(y0, y1) * y_scale)
+    ImageDraw.Draw(canvas).rectangle(corners, outline=color, width=2 * SUPERSAMPLING)
 
 
 # ---- two models

@@ -1,8 +1,8 @@
 """The contract between a model and everything around it: training, evaluation, prediction, export."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NotRequired, Protocol, TypedDict
 
@@ -130,6 +130,8 @@ class MaskBranch(nn.Module, ABC):
     """Whether there are masks at all."""
     title: ClassVar[str]
     """The name of this kind of mask prediction in figures."""
+    masks_in_every_layer: ClassVar[bool] = False
+    """Whether every decoder layer (or stage) predicts masks of its own, see :meth:`masks_by_layer`."""
 
     @abstractmethod
     def losses(self, outputs: Any, matches: Matches, targets: PackedTargets) -> dict[str, Tensor]:
@@ -158,6 +160,16 @@ class MaskBranch(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Predict the same masks as run lengths, in the form of :func:`solq.kernels.mask_runs`."""
         return mask_runs(self.masks(outputs, image, queries, labels, boxes, image_size))
+
+    def masks_by_layer(
+        self, outputs: Any, image: int, queries: Tensor, labels: Tensor, boxes: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        """Predict the masks (L, K, H, W) bool of K queries after every layer, in the boxes (L, K, 4) of the layers.
+
+        Raises:
+            NotImplementedError: if only the last layer predicts masks.
+        """
+        raise NotImplementedError(f"{self.title}: only the last layer predicts masks")
 
     @abstractmethod
     def export(self, outputs: Any, selection: Selection) -> dict[str, Tensor]:
@@ -259,6 +271,24 @@ class InstanceSegmenter(nn.Module, ABC):
             ValueError: if the model has no such attention.
         """
         raise ValueError(f"{self.name} has no sampling points to draw")
+
+    @contextmanager
+    def record_outputs(self) -> Iterator[list[Any]]:
+        """Append the outputs of all layers to a list, at every call of the model inside the context."""
+        recorded: list[Any] = []
+
+        def ask_for_all(_: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return arguments, keywords | {"last_layer_only": False}
+
+        hooks = [
+            self.register_forward_pre_hook(ask_for_all, with_kwargs=True),
+            self.register_forward_hook(lambda _, arguments, outputs: recorded.append(outputs)),
+        ]
+        try:
+            yield recorded
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def postprocess(

@@ -112,3 +112,22 @@ def test_bad_settings(tmp_path: Path, changes: dict, message: str) -> None:
     config = FiguresConfig(**{"checkpoint": tmp_path / "model.safetensors", "images": (tmp_path,), **changes})
     with pytest.raises(ValueError, match=message):
         figures.figures(config)
+
+
+def test_stages_of_queryinst(image: Path, tmp_path: Path) -> None:
+    """A row for each object: its path of boxes and a mask after each stage, of which the last one is the result's."""
+    model = tiny.queryinst_model()
+    predictor = Predictor(model, device="cpu")
+    with model.record_outputs() as recorded:
+        detections = predictor(image, threshold=0.0)
+    boxes = detections.boxes[None].expand(2, -1, -1)
+    with torch.inference_mode():
+        masks = model.masks.masks_by_layer(recorded[0], 0, detections.queries, detections.labels, boxes, (48, 64))
+    assert recorded[0]["pred_boxes"].shape[0] == 2
+    assert torch.equal(masks[-1], detections.masks)
+    assert not torch.equal(masks[0], masks[-1])
+    save(model, tmp_path / "model.safetensors")
+    figures.figures(FiguresConfig(tmp_path / "model.safetensors", (image,), output=tmp_path, objects=2, threshold=0.0))
+    page = Image.open(tmp_path / "noise-stages.png")
+    assert page.width > 3 * 560
+    assert page.height > 2 * 420

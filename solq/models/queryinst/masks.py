@@ -131,6 +131,7 @@ class DynamicMasks(MaskBranch):
     """
 
     class_specific = True
+    masks_in_every_layer = True
     title = "dynamic mask head"
 
     def __init__(
@@ -188,6 +189,16 @@ class DynamicMasks(MaskBranch):
     ) -> tuple[Tensor, Tensor]:
         return paste_runs(self._probabilities(outputs, image, queries, labels), boxes, image_size)
 
+    def masks_by_layer(
+        self, outputs: Any, image: int, queries: Tensor, labels: Tensor, boxes: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        images = torch.full_like(queries, image)
+        masks = [
+            paste_masks(self._predict(outputs, images, queries, labels, layer=layer), of_layer, image_size)
+            for layer, of_layer in enumerate(boxes)
+        ]
+        return torch.stack(masks)
+
     def export(self, outputs: Any, selection: Selection) -> dict[str, Tensor]:
         shape, device = selection.queries.shape, selection.queries.device
         images = torch.arange(shape[0], device=device)[:, None].expand(shape).flatten()
@@ -207,13 +218,19 @@ class DynamicMasks(MaskBranch):
         return self._predict(outputs, torch.full_like(distinct, image), distinct, labels, index)
 
     def _predict(
-        self, outputs: Any, images: Tensor, queries: Tensor, labels: Tensor, index: Tensor | None = None
+        self,
+        outputs: Any,
+        images: Tensor,
+        queries: Tensor,
+        labels: Tensor,
+        index: Tensor | None = None,
+        layer: int = -1,
     ) -> Tensor:
-        """Predict the masks in 0..1 of the regions `index`, or all, of these queries, from the last stage."""
-        head = cast(MaskHead, self.heads[-1])
-        boxes = outputs["mask_boxes"][-1, images, queries]
+        """Predict the masks in 0..1 of the regions `index`, or all, of these queries, from one stage."""
+        head = cast(MaskHead, self.heads[layer])
+        boxes = outputs["mask_boxes"][layer, images, queries]
         with _autocast_as(outputs["pyramid"][0]):
-            features = head(outputs["pyramid"], boxes, images, outputs["mask_queries"][-1, images, queries])
+            features = head(outputs["pyramid"], boxes, images, outputs["mask_queries"][layer, images, queries])
             logits = head.select(features if index is None else features[index], labels)
         return logits.sigmoid()
 
