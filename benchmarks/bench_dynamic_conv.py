@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_ms_deform_attn import device_seconds, peak_of
-from solq.kernels import dynamic_conv, use_backend
+from benchmarks.measure import time_launch
+from solq.kernels import dynamic_conv
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -71,15 +71,5 @@ def test_dynamic_conv(
         if backward:
             torch.autograd.grad(output, inputs, grad_output)
 
-    def call() -> None:
-        launch()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    with use_backend("triton" if ON_GPU else "reference"):
-        call()  # compiles
-        benchmark.group = f"dynamic_conv {positions} positions, {str(dtype)[6:]}, {direction}"
-        benchmark.extra_info["peak_bytes"] = peak_of(call)
-        if ON_GPU:
-            benchmark.extra_info["device_ms"] = device_seconds(launch) * 1e3
-        benchmark.pedantic(call, rounds=7, warmup_rounds=1)
+    benchmark.group = f"dynamic_conv {positions} positions, {str(dtype)[6:]}, {direction}"
+    time_launch(benchmark, launch)

@@ -15,7 +15,6 @@ It also has the bytes that must move (each input read once, each result written 
 copy's bandwidth, and the peak memory of one call beyond its inputs.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
@@ -25,7 +24,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference, use_backend
+from benchmarks.measure import time_launch
+from solq.kernels import ms_deform_attn, ms_deform_attn_fused, reference
 from solq.kernels.ms_deform_attn import plain
 
 ON_GPU = torch.cuda.is_available()
@@ -197,38 +197,6 @@ def compulsory_bytes(contender: Callable[[Inputs], Tensor], i: Inputs, backward:
     return moved * 3 if backward else moved
 
 
-def peak_of(call: Callable[[], object]) -> int:
-    """Most bytes held at once by one call, beyond those held before it."""
-    if ON_GPU:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in changes))
-
-
-def device_seconds(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU, which is kept busy until all is launched, and whose caches are cleared."""
-    cache = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
-    times = []
-    for _ in range(10):
-        torch.cuda._sleep(10_000_000)  # cycles, about 5 ms
-        cache.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
 def measure(benchmark, copy_bandwidth: float, case: Case, dtype, direction: str, contender) -> None:
     if not ON_GPU and contender in (ours, ours_fused, ours_unfused):
         pytest.skip("Triton needs a GPU: interpreter times mean nothing")
@@ -244,22 +212,8 @@ def measure(benchmark, copy_bandwidth: float, case: Case, dtype, direction: str,
         if backward:
             torch.autograd.grad(output, leaves, output.detach(), allow_unused=True)
 
-    def call() -> None:
-        launch()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    with use_backend("triton" if ON_GPU else "reference"):
-        call()  # compiles
-        benchmark.extra_info["peak_bytes"] = peak_of(call)
-        benchmark.group = f"{case} {str(dtype).removeprefix('torch.')} {direction}"
-        if ON_GPU:
-            seconds = device_seconds(launch)
-            benchmark.extra_info["device_ms"] = seconds * 1e3
-            benchmark.pedantic(call, rounds=max(5, min(50, int(0.3 / seconds))), warmup_rounds=3)
-        else:
-            benchmark.pedantic(call, rounds=7, warmup_rounds=1)
-            seconds = benchmark.stats.stats.median if benchmark.stats else 0.0
+    benchmark.group = f"{case} {str(dtype).removeprefix('torch.')} {direction}"
+    seconds = time_launch(benchmark, launch)
     moved = compulsory_bytes(contender, inputs, backward)
     if benchmark.stats:
         benchmark.extra_info |= {"bytes": moved, "GB/s": moved / seconds / 1e9}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from benchmarks.bench_ms_deform_attn import device_seconds, peak_of
-from solq.kernels import multiscale_roi_align, reference, use_backend
+from benchmarks.measure import time_launch
+from solq.kernels import multiscale_roi_align, reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -117,15 +117,5 @@ def test_roi_align(
         if backward:
             torch.autograd.grad(output, inputs.features, grad_output, allow_unused=True)  # levels without boxes
 
-    def call() -> None:
-        launch()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    with use_backend("triton" if ON_GPU else "reference"):
-        call()  # compiles
-        benchmark.group = f"roi_align {bins} × {bins}, {sizes}, {layout}, {str(dtype)[6:]}, {direction}"
-        benchmark.extra_info["peak_bytes"] = peak_of(call)
-        if ON_GPU:
-            benchmark.extra_info["device_ms"] = device_seconds(launch) * 1e3
-        benchmark.pedantic(call, rounds=7, warmup_rounds=1)
+    benchmark.group = f"roi_align {bins} × {bins}, {sizes}, {layout}, {str(dtype)[6:]}, {direction}"
+    time_launch(benchmark, launch)
