@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from solq.commands.fit_coding import fit_coding, read_masks
 from solq.commands.settings import FitCodingConfig
@@ -40,11 +39,11 @@ def test_fit_to_a_dataset(name: str, coding_class: type, shapes: Path, tmp_path:
 def test_masks_are_the_datasets_in_an_order_of_the_seed(shapes: Path) -> None:
     dataset = CocoDataset(*split_paths(shapes, "train2017"), EvalTransform(), mask_size=32, train=True)
     everything = torch.cat([dataset[index][1]["masks"] for index in range(len(dataset))])
-    masks = read_masks(dataset, 10_000, 0, Console(quiet=True))
+    masks = read_masks(dataset, 10_000, 0)
     assert masks.dtype == torch.uint8
     assert not torch.equal(masks, everything)
     assert sorted(masks.flatten(1).tolist()) == sorted(everything.flatten(1).tolist())
-    assert torch.equal(read_masks(dataset, 20, 0, Console(quiet=True)), masks[:20])
+    assert torch.equal(read_masks(dataset, 20, 0), masks[:20])
 
 
 def test_too_few_masks(shapes: Path, tmp_path: Path) -> None:
