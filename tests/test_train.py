@@ -342,19 +342,8 @@ def test_one_step_on_photographs(coco_tiny: Path, tmp_path: Path, main: Main) ->
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 with loss scaling is for GPUs without bfloat16")
 def test_float16(data: Path, tmp_path: Path, main: Main) -> None:
-    main(
-        *SMALL,
-        "--device",
-        "cuda",
-        "--precision",
-        "float16",
-        "--steps",
-        "4",
-        "--data",
-        data,
-        "--output",
-        tmp_path / "run",
-    )
+    flags = ["--device", "cuda", "--precision", "float16", "--steps", "4"]
+    main(*SMALL, *flags, "--data", data, "--output", tmp_path / "run")
     state = load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[0])
     assert state["scaler"]["scale"] > 0
 

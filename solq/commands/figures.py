@@ -165,7 +165,7 @@ def stages_figure(predictor: Predictor, image: ImageLike, objects: int = 3, thre
     queries, (height, width) = detections.queries, pixels.shape[-2:]
     assert queries is not None
     centers = recorded[0]["pred_boxes"][:, 0, queries].float()  # (L, K, 4)
-    boxes = box_convert(centers.flatten(0, 1), "cxcywh", "xyxy").view_as(centers)
+    boxes = box_convert(centers, "cxcywh", "xyxy")
     boxes = boxes * boxes.new_tensor([width, height, width, height])
     with torch.inference_mode():
         masks = predictor.model.masks.masks_by_layer(recorded[0], 0, queries, detections.labels, boxes, (height, width))

@@ -1,8 +1,8 @@
-"""mmdetection's Sparse R-CNN and QueryInst on the kernels of this project: ``solq.drop_in.mmdet.patch()``.
+"""Run mmdetection's Sparse R-CNN and QueryInst on the kernels of this project: ``solq.drop_in.mmdet.patch()``.
 
-Replaced are `SingleRoIExtractor.forward`, which many other detectors use too, and `DynamicConv.forward`, for models
-made before and after. Neither calls an operator of mmcv then. What the kernels do not know keeps mmdetection's own
-code: other layers than RoIAlign with averages of a fixed number of samples, a single level, scaled boxes; dynamic
+The patch replaces `SingleRoIExtractor.forward`, which many other detectors use too, and `DynamicConv.forward`, for
+models made before and after. Neither calls an operator of mmcv then. mmdetection's own code serves what the kernels do
+not know: other layers than RoIAlign with averages of a fixed number of samples, a single level, scaled boxes; dynamic
 convolutions with another activation, norm or number of output channels.
 """
 
@@ -20,7 +20,7 @@ KNOWN_TO_WORK = Versions("mmdet", "3.3", "3.3")
 
 
 def _is_known_layer(layer: Any, first: Any) -> bool:
-    """Whether a layer is RoIAlign as the kernel computes it, with the same options as the first level's."""
+    """Tell whether a layer is RoIAlign as the kernel computes it, with the same options as the first level's."""
     return (
         type(layer).__name__ == "RoIAlign"
         and layer.pool_mode == "avg"

@@ -1,7 +1,7 @@
-"""torchvision's MultiScaleRoIAlign on the kernel of this project: ``solq.drop_in.torchvision.patch()``.
+"""Run torchvision's MultiScaleRoIAlign on the kernel of this project: ``solq.drop_in.torchvision.patch()``.
 
-Replaced is the function that `MultiScaleRoIAlign.forward` calls, for models made before and after; Faster R-CNN, Mask
-R-CNN and Keypoint R-CNN use it. On a GPU it no longer asks the host which boxes belong to which level. Adaptive
+The patch replaces the function that `MultiScaleRoIAlign.forward` calls, for models made before and after; Faster R-CNN,
+Mask R-CNN and Keypoint R-CNN use it. On a GPU it no longer asks the host which boxes belong to which level. Adaptive
 sampling (a sampling_ratio below 1), a single level, levels that do not halve one after another, and tracing keep
 torchvision's own code. Unpatch before `torch.jit.script`, which cannot read the replacement. The result is
 channels-last.

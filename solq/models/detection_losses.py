@@ -27,7 +27,8 @@ def detection_losses(
     matched = matches.queries >= 0
     matched_boxes = matches.select(boxes)
     l1 = (matched_boxes - targets.boxes).abs().sum(-1)
-    giou_loss = 1 - generalized_iou(_corners(matched_boxes), _corners(targets.boxes))
+    corners, target_corners = (box_convert(b, "cxcywh", "xyxy") for b in (matched_boxes, targets.boxes))
+    giou_loss = 1 - generalized_iou(corners, target_corners)
     return {
         "loss_ce": classification_loss(logits, labels, matches) / normalizer,
         "loss_bbox": (l1 * matched).sum(1) / normalizer,
@@ -54,10 +55,6 @@ def _focal_loss(logits: Tensor, *, is_object: bool) -> Tensor:
     if is_object:
         return ALPHA * (1 - probability) ** GAMMA * F.softplus(-logits)
     return (1 - ALPHA) * probability**GAMMA * F.softplus(logits)
-
-
-def _corners(boxes: Tensor) -> Tensor:
-    return box_convert(boxes.flatten(0, -2), "cxcywh", "xyxy").view(boxes.shape)
 
 
 def generalized_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:

@@ -90,7 +90,8 @@ class HungarianMatcher(nn.Module):
             cost = cost_of(boxes, target_boxes, self.cost_class, self.cost_bbox, self.cost_giou)
         else:
             cost = cost_of(boxes, target_boxes, self.cost_class, 0.0, self.cost_giou)
-            cost += cost_of(_corners(boxes), _corners(target_boxes), 0.0, self.cost_bbox, 0.0)
+            corners, target_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, target_boxes))
+            cost += cost_of(corners, target_corners, 0.0, self.cost_bbox, 0.0)
         queries, non_finite = linear_assignment(cost, target_offsets, return_non_finite=True)
         if self.non_finite_costs.device != cost.device:  # DETR's matcher needs no moving, so neither does this one
             self.non_finite_costs = self.non_finite_costs.to(cost.device, non_blocking=True)
@@ -137,8 +138,3 @@ class HungarianMatcher(nn.Module):
             order = of_image.where(of_image >= 0, Q).argsort()[: min(Q, size)]
             matches.append((of_image[order], order))
         return matches
-
-
-def _corners(boxes: Tensor) -> Tensor:
-    """Convert boxes (…, 4) from cx cy w h to x0 y0 x1 y1."""
-    return box_convert(boxes.flatten(0, -2), "cxcywh", "xyxy").view(boxes.shape)

@@ -39,7 +39,7 @@ def say_start(
         f"{len(val_set):,} images to evaluate on, in {train_set.images.parent}"
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    graphs = f"graphs to compile: {num_graphs}, about a minute each" if num_graphs else "not compiled"
+    graphs = f"graphs to compile: {num_graphs}" if num_graphs else "not compiled"
     say(f"device  {device} ({name}), precision {precision}, {graphs}")
     say(f"steps   {steps.start + 1:,} to {steps.stop:,}, of {config.batch_size} images")
 

@@ -19,7 +19,8 @@ def detection_losses(logits: Tensor, boxes: Tensor, targets: PackedTargets, matc
         matches: the query of each target in each stage.
     """
     matched = matches.queries >= 0
-    predicted, target = matches.select(corners(boxes)), corners(targets.boxes)
+    predicted = matches.select(box_convert(boxes, "cxcywh", "xyxy"))
+    target = box_convert(targets.boxes, "cxcywh", "xyxy")
     l1 = (predicted - target).abs().sum(-1)
     giou_loss = 1 - generalized_iou(predicted, target)
     return {
@@ -27,11 +28,6 @@ def detection_losses(logits: Tensor, boxes: Tensor, targets: PackedTargets, matc
         "loss_bbox": (l1 * matched).sum(1) / matches.num_matched,
         "loss_giou": (giou_loss * matched).sum(1) / matches.num_matched,
     }
-
-
-def corners(boxes: Tensor) -> Tensor:
-    """Convert boxes (…, 4) from cx cy w h to x0 y0 x1 y1."""
-    return box_convert(boxes.flatten(0, -2), "cxcywh", "xyxy").view(boxes.shape)
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class QueryInst(InstanceSegmenter):
         mask_inputs: MaskInputs = self.masks(all_attended[kept], all_boxes[kept], pyramid)
         return {
             "pred_logits": torch.stack(all_logits[kept]),
-            "pred_boxes": _centers(torch.stack(all_boxes[kept]) / extents),
+            "pred_boxes": box_convert(torch.stack(all_boxes[kept]) / extents, "xyxy", "cxcywh"),
             **mask_inputs,
         }
 
@@ -104,8 +104,3 @@ def _image_extents(padding_mask: Tensor) -> Tensor:
     visible = ~padding_mask
     height, width = visible.any(2).sum(1), visible.any(1).sum(1)
     return torch.stack([width, height], dim=1).clamp(min=1).float().repeat(1, 2)
-
-
-def _centers(boxes: Tensor) -> Tensor:
-    """Convert boxes (…, 4) from x0 y0 x1 y1 to cx cy w h."""
-    return box_convert(boxes.flatten(0, -2), "xyxy", "cxcywh").view(boxes.shape)
